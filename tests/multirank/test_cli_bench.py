@@ -1,0 +1,216 @@
+"""`xccl bench` for real: small runs in processes of their own, each with a deadline."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = "import sys; from xccl.cli.main import main; sys.exit(main())"
+TIMEOUT_S = 100
+SMALL_MOE = ["--tokens", "5", "--hidden", "48", "--experts", "8", "--topk", "3", "-n", "3", "-w", "1"]
+SMALL = ["-b", "8", "-e", "64K", "-f", "64", "-n", "3", "-w", "1"]
+
+
+def run(*words: str, program: str = PROGRAM) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program, *words],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+
+
+def results_of(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(path.read_text())["results"]
+    return found
+
+
+@pytest.mark.parametrize("fabric", ["shm", "local"])
+@pytest.mark.parametrize("op", ["put", "get", "put-signal", "sendrecv"])
+def test_bytes_between_neighbours(op: str, fabric: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    done = run("bench", op, "--ranks", "3", "--fabric", fabric, *SMALL, "--json", str(path))
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [line.split() for line in done.stdout.splitlines() if not line.startswith("#")]
+    assert [row[:3] for row in rows] == [[op, "3", "8"], [op, "3", "512"], [op, "3", "32768"]]
+    assert [row[-1] for row in rows] == ["0"] * 3
+    for result, size in zip(results_of(path), (8, 512, 32768), strict=True):
+        assert (result["op"], result["fabric"], result["bytes"], result["iters"]) == (op, fabric, size, 3)
+        assert result["time_us"]["min"] > 0
+        assert result["algbw_gbps"] == pytest.approx(size / result["time_us"]["p50"] / 1e3)
+
+
+@pytest.mark.parametrize("fabric", ["shm", "local"])
+def test_barrier(fabric: str) -> None:
+    done = run("bench", "barrier", "--ranks", "3", "--fabric", fabric, "-n", "5")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1].split()[:3] == ["barrier", "3", "0"]
+    assert done.stdout.split()[-1] == "0"
+
+
+@pytest.mark.parametrize("quant", ["int8", "none"])
+@pytest.mark.parametrize(("fabric", "dtype"), [("shm", "bf16"), ("shm", "fp32"), ("local", "fp16")])
+def test_moe_prints_three_rows(fabric: str, dtype: str, quant: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    options = ["--ranks", "4", "--fabric", fabric, "--dtype", dtype, "--quant", quant, "--json", str(path)]
+    done = run("bench", "moe", *options, *SMALL_MOE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "round trip" in done.stdout
+    results = results_of(path)
+    assert [result["op"] for result in results] == ["dispatch", "combine", "moe"]
+    for result in results:
+        assert result["wrong"] == 0
+        assert (result["tokens"], result["hidden"], result["experts"], result["topk"]) == (5, 48, 8, 3)
+        assert (result["quant"], result["dtype"]) == (quant, dtype)
+    itemsize = 4 if dtype == "fp32" else 2
+    assert results[0]["bytes"] == 15 * (48 + 4 if quant == "int8" else 48 * itemsize)
+    assert results[1]["bytes"] == 15 * 48 * itemsize  # 15 rows come to a rank on average
+    assert results[2]["bytes"] == results[0]["bytes"] + results[1]["bytes"]
+
+
+@pytest.mark.parametrize("routing", ["zipf:1.2", "hot:1", "skew", "file"])
+def test_routings(routing: str, tmp_path: Path) -> None:
+    import numpy as np
+
+    if routing == "file":
+        ids = np.full((7, 3), -1)
+        ids[::2, 0] = 7  # many tokens without an expert, one rank with all the rest
+        np.save(tmp_path / "ids.npy", ids)
+        routing = f"file:{tmp_path / 'ids.npy'}"
+    done = run("bench", "moe", "--ranks", "2", "--routing", routing, *SMALL_MOE)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("op", ["dispatch", "combine"])
+def test_one_half_alone_over_several_batches(op: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    done = run("bench", op, "--ranks", "2", *SMALL_MOE, "--tokens", "0,1,9", "--csv", str(path))
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = list(csv.DictReader(path.open()))
+    assert [(row["op"], row["tokens"], row["wrong"]) for row in rows] == [
+        (op, "0", "0"),
+        (op, "1", "0"),
+        (op, "9", "0"),
+    ]
+
+
+def test_back_to_back_reports_the_mean(tmp_path: Path) -> None:
+    done = run("bench", "moe", "--ranks", "2", "--back-to-back", *SMALL_MOE, "--json", "-")
+    assert (done.returncode, done.stderr) == (0, "")
+    for result in json.loads(done.stdout)["results"]:
+        assert result["back_to_back"] is True
+        assert result["time_us"]["p50"] == result["time_us"]["mean"] == result["time_us"]["max"]
+
+
+def test_no_check_says_so() -> None:
+    done = run("bench", "put", *SMALL, "--no-check")
+    assert done.returncode == 0
+    assert {line.split()[-1] for line in done.stdout.splitlines() if not line.startswith("#")} == {"-"}
+
+
+@pytest.mark.parametrize(
+    ("op", "fault"),
+    [
+        ("combine", "reference.weighted_sum = lambda *a: original(*a) + 1"),
+        ("dispatch", "reference.quantise = lambda x: (quantise(x)[0] ^ 1, quantise(x)[1])"),
+    ],
+)
+def test_wrong_elements_are_counted_and_status_1(op: str, fault: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    sabotage = (
+        "from xccl.comm import reference\n"
+        "original, quantise = reference.weighted_sum, reference.quantise\n"
+        f"{fault}\n{PROGRAM}"
+    )  # fmt: skip
+    done = run("bench", op, "--ranks", "2", *SMALL_MOE, "--json", str(path), program=sabotage)
+    assert done.returncode == 1
+    assert results_of(path)[0]["wrong"] == 2 * 5 * 48 * (3 if op == "dispatch" else 1)
+
+
+def test_what_does_not_fit_is_one_line_and_status_2() -> None:
+    done = run("bench", "put", "-b", "100T", "-e", "100T")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("fabric", ["shm", "local"])
+def test_ctrl_c_ends_it_promptly_and_quietly(fabric: str) -> None:
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            PROGRAM,
+            "bench",
+            "sendrecv",
+            "--ranks",
+            "3",
+            "--fabric",
+            fabric,
+            "-e",
+            "1K",
+            "-n",
+            "2000",
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        while process.stdout.readline().startswith("#"):
+            pass  # until the first row is there
+        start = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+        _, err = process.communicate(timeout=TIMEOUT_S)
+        assert time.monotonic() - start < 5  # 1 s on an idle machine
+        assert (process.returncode, err) == (130, "")
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    command = f"{sys.executable} -c '{PROGRAM}' bench put -n 2 -w 0 | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.stderr == ""
+    assert done.stdout.startswith("#")
+
+
+def test_a_terminal_gets_a_table() -> None:
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "bench", "moe", "--ranks", "2", *SMALL_MOE],
+        stdin=subprocess.DEVNULL,
+        stdout=terminal,
+        stderr=terminal,
+        env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "140"},
+    )
+    os.close(terminal)
+    shown = b""
+    try:
+        while chunk := os.read(controller, 65536):
+            shown += chunk
+    except OSError:
+        pass  # how Linux says that the other end is closed
+    os.close(controller)
+    assert process.wait(timeout=TIMEOUT_S) == 0
+    text = shown.decode()
+    assert "emulated" in text
+    assert "╭" in text
+    assert "round trip" in text
+    assert "3/3" in text or "starting" in text  # the progress bar was there

@@ -1,0 +1,179 @@
+"""The command line reads what people write, and says in one line what is wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xccl._version import __version__
+from xccl.cli import bench
+from xccl.cli.main import main
+from xccl.cli.options import BenchOptions, Case
+from xccl.cli.parsing import parse_bytes, parse_int_list, parse_seconds, whole_number
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("0", 0),
+        ("8", 8),
+        ("64K", 65536),
+        ("64k", 65536),
+        ("4M", 2**22),
+        ("1G", 2**30),
+        ("2KiB", 2048),
+        ("3MB", 3 * 2**20),
+    ],
+)
+def test_sizes(text: str, size_bytes: int) -> None:
+    assert parse_bytes(text) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.5M", "K", "1Q", "1 0", "0x10"])
+def test_bad_sizes(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a size such as"):
+        parse_bytes(text)
+
+
+def test_numbers() -> None:
+    assert whole_number(1)("7") == 7
+    assert parse_int_list("8,64,128") == (8, 64, 128)
+    assert parse_seconds("0.5") == 0.5
+    for parse, text in [
+        (whole_number(1), "0"),
+        (whole_number(1, 48), "49"),
+        (whole_number(1), "x"),
+        (parse_int_list, "1,,2"),
+        (parse_seconds, "0"),
+        (parse_seconds, "inf"),
+        (parse_seconds, "nan"),
+        (parse_seconds, "soon"),
+    ]:
+        with pytest.raises(argparse.ArgumentTypeError):
+            parse(text)
+
+
+def test_sweep_of_sizes() -> None:
+    def sizes(low: int, high: int, factor: int, itemsize: int) -> list[int]:
+        return BenchOptions("put", 2, min_bytes=low, max_bytes=high, factor=factor).sizes(itemsize)
+
+    assert sizes(8, 64, 2, 2) == [8, 16, 32, 64]
+    assert sizes(8, 100, 4, 2) == [8, 32]
+    assert sizes(0, 8, 2, 4) == [0, 4, 8]
+    assert sizes(1, 12, 3, 4) == [4, 12]
+    assert sizes(7, 7, 2, 2) == [6]
+    assert sizes(0, 0, 2, 2) == [0]
+
+
+def test_iterations() -> None:
+    options = BenchOptions("put", 2)
+    assert options.iterations(Case(size_bytes=8)) == options.iterations(Case()) == 100
+    assert options.iterations(Case(size_bytes=2**20)) == options.iterations(Case(tokens=1)) == 20
+    assert BenchOptions("put", 2, iters=3).iterations(Case(size_bytes=8)) == 3
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, *words: str) -> BenchOptions:
+    """The options that a command line comes to, without running it."""
+    seen: list[BenchOptions] = []
+
+    def run(args: argparse.Namespace, options: BenchOptions, **_: Any) -> int:
+        seen.append(options)
+        return 0
+
+    monkeypatch.setattr(bench, "_run", run)
+    assert main(["bench", *words]) == 0
+    return seen[0]
+
+
+def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parsed(monkeypatch, "moe") == BenchOptions("moe", 8)
+    assert parsed(monkeypatch, "put") == BenchOptions("put", 2)
+
+
+def test_all_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = (
+        "dispatch --ranks 4 --fabric local -b 16 -e 1M -f 4 -n 7 -w 0 --tokens 8,16 --hidden 64 --experts 32 --topk 2 "
+        "--dtype fp16 --quant none --protocol pull --routing zipf:1.2 --seed 5 --lanes 3 --no-check --timeout 9 "
+        "--back-to-back"
+    )
+    assert parsed(monkeypatch, *line.split()) == BenchOptions(
+        "dispatch", 4, "local", 16, 2**20, 4, 7, 0, (8, 16), 64, 32, 2, "fp16", "none", "pull", "zipf:1.2", 5, 3, False,
+        9.0, True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("bench", "no operation given: one of put, get"),
+        ("bench nope", "unknown operation 'nope'"),
+        ("bench put --ranks 1", "--ranks is 1: put needs at least 2"),
+        ("bench put --ranks 0", "0 must be at least 1"),
+        ("bench put --ranks two", "'two' is not a whole number"),
+        ("bench put -b 1M -e 1K", "--min-bytes is 1048576, more than --max-bytes (1024)"),
+        ("bench put -b x", "'x' is not a size"),
+        ("bench put -f 1", "1 must be at least 2"),
+        ("bench sendrecv --lanes 49", "49 must be from 1 to 48"),
+        ("bench put --dtype int4", "invalid choice: 'int4'"),
+        ("bench put --fabric mpi", "invalid choice: 'mpi'"),
+        ("bench put --timeout 0", "0 must be a number of seconds above 0"),
+        ("bench put --frobnicate", "unrecognized arguments: --frobnicate"),
+        ("bench put --project cm384", "no cost model yet"),
+        ("bench moe --experts 30", "--experts is 30: not a multiple of --ranks (8)"),
+        ("bench moe --experts 8 --topk 9", "--topk is 9: more than --experts (8)"),
+        ("bench moe --tokens -1", "-1 must be at least 0"),
+        ("bench moe --routing nope", "unknown routing 'nope'"),
+        ("bench moe --routing file:absent.npy", "absent.npy: No such file"),
+        ("bench moe --json /nonexistent/x.json", "cannot write /nonexistent/x.json"),
+        ("bench moe --csv /", "cannot write /"),
+        ("nope", "invalid choice: 'nope'"),
+        ("", "the following arguments are required: COMMAND"),
+    ],
+)
+def test_usage_errors_are_one_line_and_status_2(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status: Any = main(words.split())
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert message in err
+    assert err.startswith("xccl")
+
+
+def test_version_and_list(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"xccl {__version__}\n"
+    assert main(["bench", "--list"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["put", "get", "put-signal", "sendrecv", "barrier", "dispatch", "combine", "moe"]
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--help"])
+    assert stop.value.code == 0
+    assert "--back-to-back" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*_: Any, **__: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "_run", run)
+    assert main(["bench", "put"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_existing_output_file_may_be_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text("old")
+    parsed(monkeypatch, "put", "--json", str(path))
+    assert path.read_text() == "old"

@@ -1,0 +1,56 @@
+"""xccl: an emulation of XCCL, the communication library of Huawei's CloudMatrix384, on one machine.
+
+The layers, top down; a module imports from lower ones only:
+
+    cli            the command line
+    runtime        launch ranks, join a session, clean up
+    comm           the operations, and their NumPy oracles (`reference`)
+    fabric         global memory: POSIX shared memory between processes, anonymous memory between threads
+    kernels        compiled loops: atomics, waits, copies, quantisation, rings, dispatch and combine
+    protocol       descriptions without memory: routing
+    layout         what bytes mean: segments, fields, slots, blocks
+    errors         the exception tree
+
+Ranks stand for NPU dies. Each has a segment of memory that all can address, and waits only on words in its own.
+"""
+
+from __future__ import annotations
+
+from ._version import __version__
+from .comm import Communicator, Dispatched, ExpertParallel, Request, Signals, SymmetricArray, reference
+from .errors import (
+    CapacityError,
+    EventMismatch,
+    FabricError,
+    ModelError,
+    PeerDied,
+    SegmentError,
+    SessionAborted,
+    UsageError,
+    WaitTimeout,
+    XcclError,
+)
+from .runtime import init, launch
+
+__all__ = [
+    "CapacityError",
+    "Communicator",
+    "Dispatched",
+    "EventMismatch",
+    "ExpertParallel",
+    "FabricError",
+    "ModelError",
+    "PeerDied",
+    "Request",
+    "SegmentError",
+    "SessionAborted",
+    "Signals",
+    "SymmetricArray",
+    "UsageError",
+    "WaitTimeout",
+    "XcclError",
+    "__version__",
+    "init",
+    "launch",
+    "reference",
+]

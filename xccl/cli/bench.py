@@ -1,0 +1,85 @@
+"""`xccl bench`: check the options, launch ranks, show and write what they report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Final
+
+from xccl._version import __version__
+from xccl.cli import report
+from xccl.cli.options import BenchOptions, add_bench_options, bench_options
+from xccl.errors import UsageError
+
+#: The waits inside have deadlines of their own; this only ends a run that nobody waits for any more.
+_RUN_TIMEOUT_S: Final = 24 * 3600.0
+
+
+def add_parser(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of this command."""
+    parser.description = (
+        "Run a microbenchmark on emulated ranks, and check its results. Times are emulated: measured on this machine, "
+        "the slowest rank of each iteration. bytes is the mean payload that a rank sends; algbw is bytes / p50, and "
+        "busbw the part of it that leaves the rank, as in nccl-tests. Sizes are written 8, 64K, 4M or 1G. Exit status: "
+        "1 if any element is wrong or the run failed, 2 for a usage error."
+    )
+    add_bench_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    from xccl.cli.bench_ops import BENCHMARKS
+
+    if args.list:
+        for name, benchmark in BENCHMARKS.items():
+            print(f"{name:12s} {benchmark.summary}")
+        return 0
+    if args.op not in BENCHMARKS:
+        asked = "no operation given" if args.op is None else f"unknown operation {args.op!r}"
+        raise UsageError(f"{asked}: one of {', '.join(BENCHMARKS)}")
+    benchmark = BENCHMARKS[args.op]
+    moe = benchmark.sweep == "tokens"
+    options = bench_options(
+        args, default_ranks=benchmark.default_ranks, min_ranks=benchmark.min_ranks, uses_experts=moe
+    )
+    return _run(args, options, rows_expected=len(benchmark.cases(options)) * len(benchmark.rows), moe=moe)
+
+
+def _run(args: argparse.Namespace, options: BenchOptions, *, rows_expected: int, moe: bool) -> int:
+    from xccl.cli.bench_rank import run_rank
+    from xccl.cli.results import Collector, Row
+    from xccl.cli.screen import make_screen, progress_bar
+    from xccl.runtime import launch
+
+    screen = make_screen(options, __version__, moe=moe, quiet="-" in (args.json, args.csv))
+    with progress_bar(rows_expected, f"{options.op} on {options.ranks} ranks") as bar:
+
+        def on_row(row: Row) -> None:
+            bar.advance(row)
+            screen.row(row)
+
+        collector = Collector(options, on_row)
+        launch(
+            run_rank,
+            options.ranks,
+            args=(options,),
+            fabric=options.fabric,
+            timeout_s=_RUN_TIMEOUT_S,
+            op_timeout_s=options.timeout_s,
+            on_report=collector.on_report,
+        )
+    screen.finish(collector.rows)
+    _write(args.json, report.to_json(collector.rows, args.command, __version__))
+    _write(args.csv, report.to_csv(collector.rows))
+    return 1 if collector.wrong else 0
+
+
+def _write(path: str | None, text: str) -> None:
+    if path == "-":
+        print(text, end="")
+    elif path:
+        try:
+            Path(path).write_text(text)
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}") from error

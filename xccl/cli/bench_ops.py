@@ -1,0 +1,58 @@
+"""The operations that `xccl bench` knows. To add one, write an `Operation` and add a line here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from xccl.cli.bench_moe import Moe
+from xccl.cli.bench_part import Operation
+from xccl.cli.bench_sized import Barrier, Get, Put, PutSignal, SendRecv
+from xccl.cli.options import BenchOptions, Case
+from xccl.layout.dtypes import CODE_BY_NAME, DTYPE_OF
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """An entry of the registry.
+
+    Attributes:
+        summary: What one iteration is.
+        make: What a rank runs.
+        sweep: Over what: message sizes, tokens, or nothing.
+        rows: Rows of each case.
+        default_ranks: Ranks if none are asked for.
+        min_ranks: Ranks needed.
+    """
+
+    summary: str
+    make: type[Operation]
+    sweep: Literal["bytes", "tokens", "nothing"]
+    rows: tuple[str, ...]
+    default_ranks: int = 8
+    min_ranks: int = 1
+
+    def cases(self, options: BenchOptions) -> list[Case]:
+        """The cases of a run, in order."""
+        if self.sweep == "bytes":
+            itemsize = DTYPE_OF[CODE_BY_NAME[options.dtype]].itemsize
+            return [Case(size_bytes=size) for size in options.sizes(itemsize)]
+        if self.sweep == "tokens":
+            return [Case(tokens=tokens) for tokens in options.tokens]
+        return [Case()]
+
+
+def _neighbours(summary: str, make: type[Operation], row: str) -> Benchmark:
+    return Benchmark(summary, make, "bytes", (row,), default_ranks=2, min_ranks=2)
+
+
+BENCHMARKS: Final[dict[str, Benchmark]] = {
+    "put": _neighbours("every rank writes to the next, until complete there", Put, "put"),
+    "get": _neighbours("every rank reads from the next", Get, "get"),
+    "put-signal": _neighbours("put with a signal, and a wait for the own signal", PutSignal, "put-signal"),
+    "sendrecv": _neighbours("every rank sends to the next and receives from the previous", SendRecv, "sendrecv"),
+    "barrier": Benchmark("all ranks meet", Barrier, "nothing", ("barrier",)),
+    "dispatch": Benchmark("tokens to the ranks of their experts", Moe, "tokens", ("dispatch",)),
+    "combine": Benchmark("expert outputs back, weighted and summed", Moe, "tokens", ("combine",)),
+    "moe": Benchmark("dispatch, combine, and the round trip of both", Moe, "tokens", ("dispatch", "combine", "moe")),
+}

@@ -1,0 +1,51 @@
+"""The `xccl` command.
+
+Exit status: 0 success; 1 wrong elements, a failed run or a broken machine; 2 a usage error, or something asked for that
+does not fit; 130 interrupted. Errors of xccl are one line on standard error; a traceback means a bug.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from xccl._version import __version__
+from xccl.cli import bench, doctor
+from xccl.cli.parsing import OneLineParser
+from xccl.errors import CapacityError, UsageError, XcclError
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status. Malformed arguments leave through SystemExit, as in argparse."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = OneLineParser(
+        prog="xccl", description="Emulate the communication of a CloudMatrix384 SuperPod.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"xccl {__version__}")
+    commands = parser.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
+    bench.add_parser(commands.add_parser("bench", help="run a microbenchmark on emulated ranks", allow_abbrev=False))
+    doctor.add_parser(commands.add_parser("doctor", help="check this machine, and clean up", allow_abbrev=False))
+    args = parser.parse_args(words)
+    args.command = ["xccl", *words]
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()  # here, where a closed pipe can still be caught
+        return status
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone (`xccl bench --list | head -1`); the interpreter's own flush at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except XcclError as error:
+        message = " ".join(str(error).split())
+        print(f"xccl {args.subcommand}: error: {message}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError | CapacityError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

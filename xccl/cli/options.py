@@ -1,0 +1,151 @@
+"""The options of `xccl bench`: parsed, completed with defaults, and checked before any rank starts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from xccl.cli.parsing import parse_bytes, parse_int_list, parse_seconds, whole_number
+from xccl.errors import UsageError
+
+_LARGE_BYTES: Final = 64 * 1024
+_ITERS_SMALL: Final = 100
+_ITERS_LARGE: Final = 20
+_MAX_LANES: Final = 48  # AIV cores of a die
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size of a sweep. `size_bytes` is None for MoE, `tokens` (of each rank) is None for everything else."""
+
+    size_bytes: int | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Everything that decides what a benchmark run does; it pickles, and every rank gets the same."""
+
+    op: str
+    ranks: int
+    fabric: str = "shm"
+    min_bytes: int = 8
+    max_bytes: int = 4 * 1024 * 1024
+    factor: int = 2
+    iters: int | None = None
+    warmup: int = 5
+    tokens: tuple[int, ...] = (128,)
+    hidden: int = 7168
+    experts: int = 256
+    topk: int = 8
+    dtype: str = "bf16"
+    quant: str = "int8"
+    protocol: str = "pull"
+    routing: str = "uniform"
+    seed: int = 0
+    lanes: int = 2
+    check: bool = True
+    timeout_s: float = 30.0
+    back_to_back: bool = False
+
+    def iterations(self, case: Case) -> int:
+        """Timed iterations: as asked, or 20 for MoE and large messages and 100 for all else."""
+        if self.iters is not None:
+            return self.iters
+        large = case.tokens is not None or (case.size_bytes or 0) > _LARGE_BYTES
+        return _ITERS_LARGE if large else _ITERS_SMALL
+
+    def sizes(self, itemsize: int) -> list[int]:
+        """Message sizes in bytes, from min_bytes to max_bytes by factor, rounded down to elements (but not to none)."""
+        sizes = []
+        size = self.min_bytes
+        while size <= self.max_bytes:
+            sizes.append(max(size // itemsize, min(size, 1)) * itemsize)
+            size = max(size * self.factor, itemsize)
+        return list(dict.fromkeys(sizes))
+
+
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options; their defaults are those of `BenchOptions`."""
+    default = BenchOptions(op="", ranks=0)
+    natural, positive = whole_number(0), whole_number(1)
+    parser.add_argument("op", nargs="?", metavar="OP", help="the operation; see --list")
+    parser.add_argument("--list", action="store_true", help="list the operations and exit")
+
+    run = parser.add_argument_group("run").add_argument
+    run("--ranks", type=positive, metavar="N", help="emulated dies (default: 2 between neighbours, else 8)")
+    run("--fabric", choices=("shm", "local"), default=default.fabric, help="ranks are processes (default) or threads")
+    run("-n", "--iters", type=positive, metavar="N", help="timed iterations (default: 100; MoE, above 64K: 20)")
+    run("-w", "--warmup", type=natural, metavar="N", default=default.warmup, help="iterations before (default: 5)")
+    run("--back-to-back", action="store_true", help="no barrier between iterations; report the mean of the loop")
+    run("--no-check", dest="check", action="store_false", help="do not compare results with the oracle")
+    run("--seed", type=natural, metavar="N", default=default.seed, help="of data and routing (default: 0)")
+    run("--timeout", dest="timeout_s", type=parse_seconds, metavar="S", default=default.timeout_s,
+        help="deadline of each wait in seconds (default: 30)")  # fmt: skip
+
+    sized = parser.add_argument_group("sizes (put get put-signal sendrecv)").add_argument
+    sized("-b", "--min-bytes", type=parse_bytes, metavar="SIZE", default=default.min_bytes, help="default: 8")
+    sized("-e", "--max-bytes", type=parse_bytes, metavar="SIZE", default=default.max_bytes, help="default: 4M")
+    sized(
+        "-f", "--factor", type=whole_number(2), metavar="N", default=default.factor, help="between sizes (default: 2)"
+    )
+    sized(
+        "--lanes", type=whole_number(1, _MAX_LANES), metavar="N", default=default.lanes, help="of a send (default: 2)"
+    )
+    sized("--dtype", choices=("bf16", "fp16", "fp32"), default=default.dtype, help="of all data (default: bf16)")
+
+    moe = parser.add_argument_group("mixture of experts (dispatch combine moe)").add_argument
+    moe("--tokens", type=parse_int_list, metavar="N[,N...]", default=default.tokens, help="of a rank (default: 128)")
+    moe("--hidden", type=positive, metavar="N", default=default.hidden, help="elements of a token (default: 7168)")
+    moe("--experts", type=positive, metavar="N", default=default.experts, help="in all (default: 256)")
+    moe("--topk", type=positive, metavar="N", default=default.topk, help="experts of a token (default: 8)")
+    moe("--quant", choices=("int8", "none"), default=default.quant, help="of dispatched tokens (default: int8)")
+    moe("--protocol", choices=("pull",), default=default.protocol, help="of dispatch and combine")
+    moe("--routing", metavar="SPEC", default=default.routing, help="uniform, zipf[:S], hot[:K], skew or file:PATH")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", metavar="FILE", help="write results; - prints them instead of the table")
+    output.add_argument("--csv", metavar="FILE", help="write results")
+    parser.add_argument("--project", help=argparse.SUPPRESS)
+
+
+def bench_options(args: argparse.Namespace, *, default_ranks: int, min_ranks: int, uses_experts: bool) -> BenchOptions:
+    """Complete and check parsed arguments; UsageError says the option, the value and its bound."""
+    values = {name: getattr(args, name) for name in BenchOptions.__dataclass_fields__}
+    values["ranks"] = args.ranks or default_ranks
+    options = BenchOptions(**values)
+    if args.project is not None:
+        raise UsageError("--project: this version of xccl has no cost model yet")
+    if options.ranks < min_ranks:
+        raise UsageError(f"--ranks is {options.ranks}: {options.op} needs at least {min_ranks}", bound=min_ranks)
+    if options.min_bytes > options.max_bytes:
+        raise UsageError(f"--min-bytes is {options.min_bytes}, more than --max-bytes ({options.max_bytes})")
+    if uses_experts:
+        _check_experts(options)
+    for path in (args.json, args.csv):
+        if path and path != "-":
+            _check_writable(path)
+    return options
+
+
+def _check_experts(options: BenchOptions) -> None:
+    from xccl.protocol.routing import make_routing
+
+    if options.experts % options.ranks:
+        raise UsageError(f"--experts is {options.experts}: not a multiple of --ranks ({options.ranks})")
+    if options.topk > options.experts:
+        raise UsageError(f"--topk is {options.topk}: more than --experts ({options.experts})")
+    make_routing(  # a bad --routing is found here, not by every rank
+        options.routing, tokens=1, experts=options.experts, topk=options.topk, seed=0, rank=0, ranks=options.ranks
+    )
+
+
+def _check_writable(path: str) -> None:
+    """Found out now, rather than when the results of an hour are lost."""
+    folder = Path(path).absolute().parent
+    target = path if Path(path).exists() else folder
+    if Path(path).is_dir() or not os.access(target, os.W_OK):
+        raise UsageError(f"cannot write {path}")

@@ -1,0 +1,366 @@
+"""The communicator: what a rank holds, and every operation starts from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import UsageError
+from ..fabric import Fabric
+from ..kernels import onesided
+from ..kernels.wait import OK
+from ..layout.segment import EXPERT_METADATA_BYTES
+from .buffers import address_of, readable, require_int, writable
+from .core import Core, Waiting, require_timeout
+from .p2p import PointToPoint, Request
+from .symmetric import Signals, SymmetricAllocator, SymmetricArray
+
+_COMPARISONS = onesided.COMPARISONS
+_SIGNAL_OPS = {"set": 0, "add": 1}
+_INT64 = (-(1 << 63), (1 << 63) - 1)
+
+
+class Communicator:
+    """One rank's end of a session. Made by `xccl.launch` or `xccl.init`; used by one thread at a time.
+
+    Attributes:
+        rank: this rank, from 0.
+        size: number of ranks.
+        fabric_name: "shm" or "local".
+    """
+
+    def __init__(self, fabric: Fabric, *, op_timeout_s: float = 30.0, report: Callable[[Any], None] | None = None) -> None:
+        geometry = fabric.geometry
+        self.core = Core(fabric, op_timeout_s)
+        self.rank = fabric.rank
+        self.size = fabric.ranks
+        self.fabric_name = fabric.name
+        self.app_allocator = SymmetricAllocator("app data area", geometry.app_offset, geometry.app_bytes)
+        self.metadata_allocator = SymmetricAllocator(
+            "metadata area", geometry.expert_metadata_offset, EXPERT_METADATA_BYTES
+        )
+        self.heap_allocator = SymmetricAllocator("managed data area", geometry.heap_offset, geometry.heap_bytes)
+        self._report = report
+        self._p2p = PointToPoint(self.core)
+        self._barriers = 0
+        self._scratch = np.zeros(2, np.int64)
+        self._arrived: int = self._scratch.ctypes.data
+        self._seen: int = self._arrived + 8
+
+    def __repr__(self) -> str:
+        return f"Communicator(rank={self.rank}, size={self.size}, fabric={self.fabric_name!r})"
+
+    @property
+    def op_timeout_s(self) -> float:
+        """Default deadline of every wait, in seconds."""
+        return self.core.op_timeout_s
+
+    @op_timeout_s.setter
+    def op_timeout_s(self, value: float) -> None:
+        self.core.op_timeout_s = require_timeout(value)
+
+    # -- symmetric memory -------------------------------------------------------------------------------------------
+
+    def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> SymmetricArray:
+        """A symmetric array, not initialised; collective.
+
+        Args:
+            shape: shape of each rank's copy, at most 10 dimensions.
+            dtype: any fixed-size dtype without Python objects.
+
+        Raises:
+            UsageError: shape or dtype is impossible, or differs between ranks (then at all of them).
+            CapacityError: the app data area or the memory is exhausted.
+        """
+        self.core.require_open()
+        dims = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
+        if len(dims) > 10:
+            raise UsageError(f"a symmetric array has at most 10 dimensions, got {len(dims)}", value=len(dims), bound=10)
+        dims = tuple(require_int(n, f"shape[{i}]", 0, 1 << 48) for i, n in enumerate(dims))
+        element: np.dtype[Any] = np.dtype(dtype)
+        if element.hasobject or element.itemsize == 0:
+            raise UsageError(f"dtype {element} cannot live in shared memory", value=str(element))
+        if math.prod(dims) * element.itemsize > 1 << 52:
+            raise UsageError(f"shape {dims} of {element} is too large", value=dims, bound=1 << 52)
+        return SymmetricArray(self.core, self.app_allocator, dims, element)
+
+    def signals(self, count: int) -> Signals:
+        """`count` signal words in each rank's segment, all 0; collective."""
+        self.core.require_open()
+        return Signals(self.core, self.app_allocator, require_int(count, "count", 1, 1 << 20))
+
+    # -- one-sided --------------------------------------------------------------------------------------------------
+
+    def put(self, target: SymmetricArray, source: npt.NDArray[Any], peer: int, offset: int = 0) -> None:
+        """Copy `source` into rank `peer`'s copy of `target`. Complete locally on return, remotely after `quiet`.
+
+        Args:
+            target: the symmetric array.
+            source: an array of the same dtype; strided ones are copied first.
+            peer: the rank to write to.
+            offset: first element to write, counted in `target` as if it were flat.
+
+        Raises:
+            UsageError: dtype, peer or range is wrong. Nothing was written.
+        """
+        source = readable(source, "source")
+        address = self._remote(target, source, peer, offset, "source")
+        if peer == self.rank and np.may_share_memory(source, target.local):
+            source = source.copy()
+        onesided.copy.call(address, address_of(source), source.nbytes)
+
+    def get(self, destination: npt.NDArray[Any], source: SymmetricArray, peer: int, offset: int = 0) -> None:
+        """Copy from rank `peer`'s copy of `source` into `destination`; complete on return.
+
+        Args:
+            destination: a writable, C-contiguous array of the same dtype; its size says how much is read.
+            source: the symmetric array.
+            peer: the rank to read from.
+            offset: first element to read, counted in `source` as if it were flat.
+
+        Raises:
+            UsageError: dtype, peer or range is wrong. Nothing was written.
+        """
+        destination = writable(destination, "destination")
+        address = self._remote(source, destination, peer, offset, "destination")
+        if peer == self.rank and np.may_share_memory(destination, source.local):
+            flat = source.local.reshape(-1)[offset : offset + destination.size]
+            destination[...] = flat.copy().reshape(destination.shape)
+            return
+        onesided.copy.call(address_of(destination), address, destination.nbytes)
+
+    def _remote(self, target: SymmetricArray, array: npt.NDArray[Any], peer: int, offset: int, name: str) -> int:
+        """Address of element `offset` at `peer`, after all checks."""
+        if not isinstance(target, SymmetricArray):
+            raise UsageError(f"the remote side must be a symmetric array, got {type(target).__name__}", value=type(target).__name__)
+        target.require_alive()
+        peer = require_int(peer, "peer", 0, self.size - 1)
+        if array.dtype != target.dtype:
+            raise UsageError(
+                f"{name} is {array.dtype}, the symmetric array is {target.dtype}", value=str(array.dtype), bound=str(target.dtype)
+            )
+        offset = require_int(offset, "offset", 0, target.size)
+        if offset + array.size > target.size:
+            raise UsageError(
+                f"{array.size} elements at offset {offset} end at {offset + array.size}, the symmetric array has {target.size}",
+                value=offset + array.size, bound=target.size,
+            )  # fmt: skip
+        self.core.fabric.require_peer(peer)
+        return target.addresses[peer] + offset * target.itemsize
+
+    def _signal_word(self, signals: Signals, index: int, peer: int) -> tuple[int, int]:
+        """Address of a signal word at `peer`, and of that rank's control area."""
+        self.core.require_open()
+        if not isinstance(signals, Signals):
+            raise UsageError(f"signals must come from comm.signals(), got {type(signals).__name__}", value=type(signals).__name__)
+        index = require_int(index, "index", 0, signals.count - 1)
+        peer = require_int(peer, "peer", 0, self.size - 1)
+        return signals.addresses[peer] + index * Signals.STRIDE_BYTES, int(self.core.fabric.controls[peer])
+
+    def put_signal(
+        self,
+        target: SymmetricArray,
+        source: npt.NDArray[Any],
+        peer: int,
+        signals: Signals,
+        index: int,
+        value: int,
+        op: str = "set",
+        offset: int = 0,
+    ) -> None:
+        """Put, then set or add to a signal word at the same peer. The signal never overtakes the data.
+
+        Args:
+            target: the symmetric array.
+            source: an array of the same dtype.
+            peer: the rank to write to.
+            signals: words from `signals()`.
+            index: which word.
+            value: what to set it to, or add to it (64 bits, signed).
+            op: "set" or "add".
+            offset: first element to write.
+
+        Raises:
+            UsageError: an argument is wrong. Nothing was written.
+        """
+        source = readable(source, "source")
+        destination = self._remote(target, source, peer, offset, "source")
+        word, control = self._signal_word(signals, index, peer)
+        value = require_int(value, "value", *_INT64)
+        add = _require_op(op)
+        if peer == self.rank and np.may_share_memory(source, target.local):
+            source = source.copy()
+        onesided.put_signal.call(destination, address_of(source), source.nbytes, word, value, add, control)
+
+    def signal(self, signals: Signals, index: int, value: int, peer: int, op: str = "set") -> None:
+        """Set or add to a signal word of rank `peer`, after all that this rank put before.
+
+        Args:
+            signals: words from `signals()`.
+            index: which word.
+            value: what to set it to, or add to it (64 bits, signed).
+            peer: whose word.
+            op: "set" or "add".
+
+        Raises:
+            UsageError: an argument is wrong.
+        """
+        word, control = self._signal_word(signals, index, peer)
+        onesided.signal.call(word, require_int(value, "value", *_INT64), _require_op(op), control)
+
+    def wait_until(
+        self, signals: Signals, index: int, comparison: str, value: int, timeout_s: float | None = None
+    ) -> int:
+        """Wait until this rank's own signal word compares so with `value`.
+
+        Args:
+            signals: words from `signals()`.
+            index: which word.
+            comparison: eq, ne, gt, ge, lt or le.
+            value: what to compare with.
+            timeout_s: deadline in seconds; the communicator's default if None.
+
+        Returns:
+            The value seen.
+
+        Raises:
+            UsageError: an argument is wrong.
+            WaitTimeout: at the deadline, with the value expected and seen.
+            PeerDied, SessionAborted: the session is over.
+        """
+        word, control = self._signal_word(signals, index, self.rank)
+        code = _COMPARISONS.get(comparison)
+        if code is None:
+            raise UsageError(f"comparison must be one of {', '.join(_COMPARISONS)}, got {comparison!r}", value=comparison)
+        value = require_int(value, "value", *_INT64)
+        timeout_s = self.core.op_timeout_s if timeout_s is None else require_timeout(timeout_s)
+        call, seen = onesided.wait_until.call, self._seen
+
+        def step(slice_ns: int) -> int:
+            return int(call(control, word, code, value, seen, slice_ns))
+
+        status = step(self.core.slice_ns(timeout_s))
+        if status != OK:
+            what = f"wait_until signal {index} {comparison} {value}"
+            self.core.finish(
+                status, step, lambda: Waiting(what, expected=value, seen=int(self._scratch[1])), timeout_s
+            )  # fmt: skip
+        return int(self._scratch[1])
+
+    def fence(self) -> None:
+        """Order: what this rank put before is seen by a peer before what it puts after."""
+        self.core.require_open()
+        onesided.quiet.call()
+
+    def quiet(self) -> None:
+        """Complete: what this rank put before is in the peers' memory on return."""
+        self.core.require_open()
+        onesided.quiet.call()
+
+    def barrier(self, timeout_s: float | None = None) -> None:
+        """Return when all ranks have called it; what any rank put before is then seen by all.
+
+        After a WaitTimeout this rank is still counted as arrived, and the next call goes on with the same barrier.
+
+        Raises:
+            WaitTimeout, PeerDied, SessionAborted: see `xccl.errors`.
+        """
+        core = self.core
+        core.require_open()
+        timeout_s = core.op_timeout_s if timeout_s is None else require_timeout(timeout_s)
+        self._barriers = epoch = self._barriers + 1
+        call, args = onesided.barrier.call, (core.control, core.controls_address, self.size, epoch, self._arrived)
+        status = call(*args, core.slice_ns(timeout_s))
+        if status != OK:
+            try:
+                core.finish(
+                    status, lambda slice_ns: int(call(*args, slice_ns)),
+                    lambda: Waiting("barrier", epoch, everyone=True), timeout_s,
+                )  # fmt: skip
+            except BaseException:
+                self._barriers = epoch - 1
+                raise
+
+    # -- send and receive -------------------------------------------------------------------------------------------
+
+    def send(
+        self, buffer: npt.NDArray[Any], dst: int, event_id: int, lanes: int = 2, timeout_s: float | None = None
+    ) -> None:
+        """Send an array to rank `dst`; returns when the receiver has all of it (XDS section 3.1).
+
+        Args:
+            buffer: what to send; strided arrays are copied first.
+            dst: the receiver.
+            event_id: the caller's number for the transfer, 0 or more; both sides must give the same.
+            lanes: emulated AIV cores over which the message is dealt, 1 to 48; both sides must give the same.
+            timeout_s: deadline in seconds; the communicator's default if None.
+
+        Raises:
+            UsageError: an argument is wrong, or the receiver expects another size or number of lanes.
+            EventMismatch: the receiver expects another event.
+            WaitTimeout: at the deadline; the channel to `dst` is unusable then.
+            PeerDied, SessionAborted: the session is over.
+        """
+        self._p2p.blocking(buffer, dst, event_id, lanes, _checked(timeout_s), sending=True)
+
+    def recv(
+        self, buffer: npt.NDArray[Any], src: int, event_id: int, lanes: int = 2, timeout_s: float | None = None
+    ) -> None:
+        """Receive from rank `src` into a writable, C-contiguous array of exactly the size sent.
+
+        Arguments and errors are those of `send`. A refused message is dropped, and the channel stays usable.
+        """
+        self._p2p.blocking(buffer, src, event_id, lanes, _checked(timeout_s), sending=False)
+
+    def isend(self, buffer: npt.NDArray[Any], dst: int, event_id: int, lanes: int = 2) -> Request:
+        """Start a send; arguments as for `send`. Don't change the buffer before the request is done."""
+        return self._p2p.start(buffer, dst, event_id, lanes, sending=True)
+
+    def irecv(self, buffer: npt.NDArray[Any], src: int, event_id: int, lanes: int = 2) -> Request:
+        """Start a receive; arguments as for `recv`. Receives from a rank complete in the order in which they are posted."""
+        return self._p2p.start(buffer, src, event_id, lanes, sending=False)
+
+    # -- session ----------------------------------------------------------------------------------------------------
+
+    def report(self, message: Any) -> None:
+        """Send a picklable object to the `on_report` callback of `xccl.launch`; nothing happens if there is none."""
+        if self._report is not None:
+            self._report(message)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Leave the session: this rank's work is done. Called by `launch`, and by leaving a `with` block.
+
+        Args:
+            failed: the work is not done; the other ranks were told why.
+        """
+        if not self.core.closed:
+            self.core.closed = True
+            if not failed:
+                self.core.fabric.leave()
+            self.core.fabric.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.core.fail(error)
+        self.close(failed=error is not None)
+
+
+def _checked(timeout_s: float | None) -> float | None:
+    return None if timeout_s is None else require_timeout(timeout_s)
+
+
+def _require_op(op: str) -> int:
+    add = _SIGNAL_OPS.get(op)
+    if add is None:
+        raise UsageError(f"op must be set or add, got {op!r}", value=op)
+    return add

@@ -1,0 +1,291 @@
+"""What all operations share: bounded waits that end with a reason, and agreement between ranks on arguments."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+
+from ..errors import CapacityError, FabricError, PeerDied, SessionAborted, UsageError, WaitTimeout, XcclError
+from ..fabric import Fabric
+from ..kernels import onesided, wait, words
+from ..kernels.wait import OK
+from ..layout.segment import (
+    ABORT_DIED,
+    ABORT_EXCEPTION,
+    ABORT_INTERRUPT,
+    AGREE_MAX_VALUES,
+    AGREEMENT,
+    AGREEMENT_OFFSET,
+    CTL_STATE,
+    STATE_FAILED,
+    STATE_LEFT,
+)
+
+#: A kernel sleeps at most this long before Python looks at signals, deadlines and the liveness of peers.
+SLICE_NS = 50_000_000
+#: While requests are under way a wait comes back this often to drive them on.
+_PROGRESS_SLICE_NS = 200_000
+
+#: Collective calls by name; the number identifies the call in an agreement.
+_CALLS = ("empty", "signals", "free", "ExpertParallel", "close")
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What a rank waits for, to be named when the wait fails.
+
+    Attributes:
+        operation: name of the call.
+        event: event ID or epoch.
+        peer: the rank waited for; None if any rank may end the wait.
+        expected: value waited for.
+        seen: value seen last.
+        everyone: all ranks are needed, so one that has left is enough to give up.
+    """
+
+    operation: str
+    event: int | None = None
+    peer: int | None = None
+    expected: int | None = None
+    seen: int | None = None
+    everyone: bool = False
+
+    def __str__(self) -> str:
+        text = self.operation if self.event is None else f"{self.operation} (event {self.event})"
+        if self.peer is not None:
+            text += f", waiting for rank {self.peer}"
+        if self.expected is not None:
+            text += f": expected {self.expected}, seen {self.seen}"
+        return text
+
+
+class Core:
+    """Waits and agreements of one rank.
+
+    Attributes:
+        fabric: global memory.
+        rank: this rank.
+        size: number of ranks.
+        control: address of the own control area.
+        op_timeout_s: default deadline of a wait, in seconds.
+    """
+
+    def __init__(self, fabric: Fabric, op_timeout_s: float) -> None:
+        self.fabric = fabric
+        self.rank = fabric.rank
+        self.size = fabric.ranks
+        self.control = fabric.control
+        self.segments_address: int = fabric.segments.ctypes.data
+        self.controls_address: int = fabric.controls.ctypes.data
+        self.op_timeout_s = require_timeout(op_timeout_s)
+        self.closed = False
+        #: Why no operation is possible any more although the session is not closed.
+        self.broken: str | None = None
+        #: Drives requests that are under way; None while there are none.
+        self.progress: Callable[[], object] | None = None
+        self._agreements = 0
+        self._cursor = np.zeros(1, np.int64)
+        self._cursor_address: int = self._cursor.ctypes.data
+        self._values = np.zeros(AGREE_MAX_VALUES, np.int64)
+
+    def require_open(self) -> None:
+        """Raise UsageError if this rank has left its session."""
+        if self.closed:
+            raise UsageError(f"rank {self.rank} has left its session: no operation is possible after close()", value="closed")
+        if self.broken is not None:
+            raise FabricError(f"rank {self.rank}: the session is unusable: {self.broken}", rank=self.rank)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell all ranks that this one has failed; they end with SessionAborted. Nothing happens if the session is over already."""
+        if self.closed or self.fabric.abort_word() is not None:
+            return
+        interrupted = isinstance(error, KeyboardInterrupt)
+        said = "was interrupted" if interrupted else f"raised {type(error).__name__}: {error}"
+        words.store(self.control + CTL_STATE, STATE_FAILED)
+        self.fabric.abort(ABORT_INTERRUPT if interrupted else ABORT_EXCEPTION, self.rank, said)
+
+    def slice_ns(self, timeout_s: float) -> int:
+        """How long a kernel may sleep before it returns to Python."""
+        if self.progress is not None:
+            return _PROGRESS_SLICE_NS
+        return min(SLICE_NS, max(1, int(timeout_s * 1e9)))
+
+    def finish(
+        self, status: int, step: Callable[[int], int], describe: Callable[[], Waiting], timeout_s: float
+    ) -> int:
+        """Go on with a wait whose first slice ended with `status`, until it succeeds or cannot.
+
+        Args:
+            status: what the kernel returned.
+            step: makes the same call again, with the slice in ns.
+            describe: says what is waited for.
+            timeout_s: the deadline, from now.
+
+        Returns:
+            The first status that is neither SLICE nor ABORTED.
+
+        Raises:
+            WaitTimeout: at the deadline.
+            PeerDied: a rank has died, or the one waited for has left.
+            SessionAborted: another rank failed first.
+        """
+        deadline = time.monotonic() + timeout_s
+        while status in (wait.SLICE, wait.ABORTED):
+            self.check_session(describe)
+            if self._has_left(describe()):
+                # It may have done its part before it left: look once more, without waiting.
+                status = step(0)
+                if status == wait.PENDING:
+                    self._raise_left(describe())
+                continue
+            if self.progress is not None:
+                self.progress()
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0:
+                raise self.timed_out(describe(), timeout_s)
+            status = step(self.slice_ns(remaining_s))
+        return status
+
+    def run(self, step: Callable[[int], int], describe: Callable[[], Waiting], timeout_s: float | None = None) -> int:
+        """A wait from its start; see `finish`."""
+        timeout_s = self.op_timeout_s if timeout_s is None else timeout_s
+        status = step(self.slice_ns(timeout_s))
+        return status if status == OK else self.finish(status, step, describe, timeout_s)
+
+    def timed_out(self, waiting: Waiting, timeout_s: float) -> WaitTimeout:
+        """The error for a wait that reached its deadline."""
+        return WaitTimeout(
+            f"rank {self.rank}: no success within {timeout_s:g} s in {waiting}",
+            operation=waiting.operation, event=waiting.event, rank=self.rank, peer=waiting.peer,
+            expected=waiting.expected, seen=waiting.seen, timeout_s=timeout_s,
+        )  # fmt: skip
+
+    def check_session(self, describe: Callable[[], Waiting]) -> None:
+        """Raise PeerDied or SessionAborted if the session is over."""
+        word = self.fabric.abort_word()
+        if word is None:
+            self.fabric.check_peers()
+            word = self.fabric.abort_word()
+            if word is None:
+                return
+        kind, culprit = word
+        if kind == ABORT_DIED:
+            text = f"rank {culprit} died (its process has ended)"
+            raise PeerDied(f"rank {self.rank}: {text}, during {describe()}", rank=self.rank, peer=culprit, reason=text)
+        said = self.fabric.last_words(culprit) or ("was interrupted" if kind == ABORT_INTERRUPT else "failed")
+        raise SessionAborted(
+            f"rank {self.rank}: session aborted, since rank {culprit} {said}; during {describe()}",
+            rank=self.rank, peer=culprit, reason=said,
+        )  # fmt: skip
+
+    def _has_left(self, waiting: Waiting) -> bool:
+        if waiting.peer is not None:
+            return waiting.peer != self.rank and self.fabric.state(waiting.peer) == STATE_LEFT
+        others = [self.fabric.state(r) == STATE_LEFT for r in range(self.size) if r != self.rank]
+        return bool(others) and (any(others) if waiting.everyone else all(others))
+
+    def _raise_left(self, waiting: Waiting) -> NoReturn:
+        left = [r for r in range(self.size) if r != self.rank and self.fabric.state(r) == STATE_LEFT]
+        peer = waiting.peer if waiting.peer is not None else left[0]
+        reason = "has finished and left the session"
+        raise PeerDied(f"rank {self.rank}: rank {peer} {reason}, during {waiting}", rank=self.rank, peer=peer, reason=reason)
+
+    # -- agreement --------------------------------------------------------------------------------------------------
+
+    def agree(self, call: str, arguments: dict[str, int], failure: XcclError | None = None) -> None:
+        """Compare the arguments of a collective call among all ranks; also a barrier.
+
+        Args:
+            call: name of the call, one of `_CALLS`.
+            arguments: what must be the same everywhere, by name; at most 13.
+            failure: why this rank cannot do it although its arguments are fine.
+
+        Raises:
+            UsageError: ranks differ, in the call or in an argument; raised by all of them, with the values.
+            XcclError: `failure` at the rank that has one, CapacityError at the others.
+        """
+        self._agreements += 1
+        epoch = self._agreements
+        values = [_CALLS.index(call), int(failure is not None), *arguments.values()]
+        self._values[: len(values)] = values
+        offset = self.fabric.geometry.agreement_offset(self.rank, epoch)
+        onesided.agree(
+            self.segments_address, self.size, offset, self._values.ctypes.data, len(values), epoch
+        )  # fmt: skip
+        first = int(self.fabric.segments[self.rank]) + self.fabric.geometry.agreement_offset(0, epoch)
+        try:
+            self.wait_all(first, 2 * AGREEMENT.size_bytes, epoch, call)
+        except BaseException as error:
+            self.broken = f"the collective call {call}() was given up in the middle ({type(error).__name__})"
+            raise
+        records = self.fabric.view(self.rank, AGREEMENT_OFFSET, self.size * 2 * AGREEMENT.size_bytes)
+        seen = records.view(np.int64).reshape(self.size, 2, -1)[:, epoch % 2, 1 : 1 + len(values)].copy()
+        self._compare(call, arguments, seen)
+        if failure is not None:
+            raise failure
+        failed = np.flatnonzero(seen[:, 1])
+        if failed.size:
+            raise CapacityError(f"{call}: rank {failed[0]} has no room for it, so no rank goes on", peer=int(failed[0]))
+
+    def _compare(self, call: str, arguments: dict[str, int], seen: np.ndarray) -> None:
+        if (seen[:, 0] != seen[0, 0]).any():
+            calls = {r: _CALLS[int(c)] if 0 <= c < len(_CALLS) else f"call {c}" for r, c in enumerate(seen[:, 0])}
+            raise UsageError(f"ranks disagree in the collective call they make: {_grouped(calls)}", value=call)
+        for i, name in enumerate(arguments, start=2):
+            if (seen[:, i] != seen[0, i]).any():
+                by_rank = {r: int(v) for r, v in enumerate(seen[:, i])}
+                raise UsageError(
+                    f"{call}: ranks disagree in {name}: {_grouped(by_rank)}; it must be the same at all ranks",
+                    argument=name, value=arguments[name], by_rank=by_rank,
+                )  # fmt: skip
+
+    def wait_all(self, address: int, stride_bytes: int, target: int, operation: str) -> None:
+        """Wait until the word of every rank, `stride_bytes` apart in the own segment, is at least `target`."""
+        self._cursor[0] = 0
+
+        def step(slice_ns: int) -> int:
+            return int(
+                wait.wait_all.call(
+                    self.control, address, stride_bytes, self.size, target, self._cursor_address, slice_ns
+                )
+            )
+
+        def describe() -> Waiting:
+            peer = int(self._cursor[0])
+            # Deadlines and errors name the first rank that has not come; the value is read for the message only.
+            seen = int(words.load(address + min(peer, self.size - 1) * stride_bytes))
+            return Waiting(operation, target, peer, target, seen)
+
+        self.run(step, describe)
+
+
+def _grouped(by_rank: dict[int, object]) -> str:
+    """`{0: a, 1: a, 2: b}` as "a at ranks 0, 1; b at rank 2"."""
+    groups: dict[object, list[int]] = {}
+    for rank, value in by_rank.items():
+        groups.setdefault(value, []).append(rank)
+    parts = []
+    for value, ranks in groups.items():
+        shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+        parts.append(f"{value} at rank{'s' * (len(ranks) > 1)} {shown}")
+    return "; ".join(parts)
+
+
+def require_timeout(timeout_s: float) -> float:
+    """The deadline, if it is a positive, finite number of seconds.
+
+    Raises:
+        UsageError: it is not. No call may wait for ever.
+    """
+    try:
+        value = float(timeout_s)
+    except (TypeError, ValueError):
+        raise UsageError(f"a timeout must be a number of seconds, got {timeout_s!r}", value=timeout_s) from None
+    if not (value > 0 and math.isfinite(value)):
+        raise UsageError(f"a timeout must be positive and finite, got {timeout_s!r} s", value=timeout_s)
+    return value

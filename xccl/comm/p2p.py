@@ -1,0 +1,277 @@
+"""Send and receive between two ranks (XDS section 3.1). Rules and theory of operation: `xccl.kernels.ring`.
+
+Progress. A request moves on whenever its rank is in `test`, `wait`, or any call that waits; all requests of the rank are driven then,
+in the order in which they were posted, so two ranks that send to each other before they receive do not block each other. A
+rank that computes makes no progress meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import EventMismatch, FabricError, UsageError, XcclError
+from ..kernels import ring, wait
+from ..kernels.wait import MISMATCH, OK
+from ..layout import ring as layout
+from ..layout.ring import CHANNEL, MAX_LANES, OPERATION
+from .buffers import address_of, readable, require_int, writable
+from .core import SLICE_NS, Core, Waiting
+
+_MAX_EVENT_ID = (1 << 63) - 1
+#: Rounds over all requests, with a yield after each, before a waiting rank sleeps.
+_ROUNDS_BEFORE_SLEEP = 20
+
+
+class Channel:
+    """One direction of a pair, with its ring. Made when the pair first talks in that direction; commits the ring then."""
+
+    def __init__(self, core: Core, peer: int, *, sending: bool) -> None:
+        geometry = core.fabric.geometry
+        sender, receiver = (core.rank, peer) if sending else (peer, core.rank)
+        fields = geometry.data_fields_offset(sender)
+        acks = geometry.ack_fields_offset(receiver)
+        ring_offset = geometry.ring_offset(sender)
+        # Either side may come first, and touches both; committing twice costs nothing.
+        core.fabric.commit(receiver, fields, MAX_LANES * layout.FIELD_BYTES)
+        core.fabric.commit(sender, acks, MAX_LANES * layout.FIELD_BYTES)
+        core.fabric.commit(receiver, ring_offset, geometry.ring_bytes)
+        segments = core.fabric.segments
+        self.peer = peer
+        self.sending = sending
+        self.name = f"{'send to' if sending else 'recv from'} rank {peer}"
+        #: The started requests that have not ended, in order.
+        self.under_way: list[Request] = []
+        #: Why the channel can't be used any more.
+        self.broken: str | None = None
+        self.kernel = ring.send if sending else ring.receive
+        self._slot_lanes = np.zeros(geometry.ring_slots, np.int64)
+        self.state = np.zeros(CHANNEL.size_bytes // 8, np.int64)
+        self.address: int = self.state.ctypes.data
+        for offset, value in {
+            layout.CH_OWN_CONTROL: core.control,
+            layout.CH_PEER_CONTROL: int(core.fabric.controls[peer]),
+            layout.CH_RING: int(segments[receiver]) + ring_offset,
+            layout.CH_DATA_FIELDS: int(segments[receiver]) + fields,
+            layout.CH_ACK_FIELDS: int(segments[sender]) + acks,
+            layout.CH_SLOTS: geometry.ring_slots,
+            layout.CH_SLOT_BYTES: geometry.slot_bytes,
+            layout.CH_SLOT_STRIDE: geometry.slot_stride_bytes,
+            layout.CH_SLOT_LANES: self._slot_lanes.ctypes.data,
+        }.items():
+            self.state[offset // 8] = value
+
+    def word(self, offset: int) -> int:
+        """A word of the state."""
+        return int(self.state[offset // 8])
+
+
+class Request:
+    """One send or receive under way. Made by `isend` and `irecv`; keeps its buffer alive.
+
+    The buffer must not be changed (isend) or read (irecv) before the request is done.
+    """
+
+    def __init__(
+        self, engine: PointToPoint, channel: Channel, buffer: npt.NDArray[Any], event_id: int, lanes: int
+    ) -> None:
+        self._engine = engine
+        self.channel = channel
+        self.buffer = buffer
+        self.event_id = event_id
+        self.lanes = lanes
+        self.error: XcclError | None = None
+        self.done = False
+        self.op = np.zeros(OPERATION.size_bytes // 8, np.int64)
+        self.address: int = self.op.ctypes.data
+        self.op[layout.OP_BUFFER // 8] = address_of(buffer)
+        self.op[layout.OP_BYTES // 8] = buffer.nbytes
+        self.op[layout.OP_EVENT_ID // 8] = event_id
+        self.op[layout.OP_LANES // 8] = lanes
+        self.op[layout.OP_TICKET // 8] = channel.state[layout.CH_TICKETS // 8]
+        channel.state[layout.CH_TICKETS // 8] += 1
+
+    def word(self, offset: int) -> int:
+        """A word of the operation."""
+        return int(self.op[offset // 8])
+
+    def test(self) -> bool:
+        """Drive all requests of this rank a little; is this one done?
+
+        Raises:
+            EventMismatch, UsageError: the other side means another transfer, or another size.
+            PeerDied, SessionAborted: the session is over.
+        """
+        if not self.done:
+            self._engine.drive()
+            if not self.done:
+                self._engine.core.check_session(self.describe)
+        if self.error is not None:
+            raise self.error
+        return self.done
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Return when the transfer is complete: for a send, when the receiver has acknowledged all of it.
+
+        Args:
+            timeout_s: deadline in seconds; the communicator's default if None. After a WaitTimeout the request is still under way, and
+                may be waited for again.
+
+        Raises:
+            EventMismatch, UsageError, WaitTimeout, PeerDied, SessionAborted: as for `send` and `recv`.
+        """
+        self._engine.wait(self, self._engine.core.op_timeout_s if timeout_s is None else timeout_s)
+        if self.error is not None:
+            raise self.error
+
+    def describe(self) -> Waiting:
+        """What this request waits for."""
+        name = "send" if self.channel.sending else "recv"
+        chunks, done = self.word(layout.OP_CHUNKS), self.word(layout.OP_DONE)
+        if self.channel.sending and chunks and done == chunks:
+            name += " (all chunks written, not acknowledged)"
+        return Waiting(name, self.event_id, self.channel.peer, max(chunks, 1), done)
+
+
+class PointToPoint:
+    """Channels and requests of one rank."""
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self._channels: dict[tuple[int, bool], Channel] = {}
+        self._active: list[Request] = []
+
+    def start(self, buffer: Any, peer: int, event_id: int, lanes: int, *, sending: bool) -> Request:
+        """Check the arguments, post a request, and drive it as far as it goes without waiting."""
+        core = self.core
+        core.require_open()
+        array = readable(buffer, "the buffer to send") if sending else writable(buffer, "the buffer to receive into")
+        peer = require_int(peer, "dst" if sending else "src", 0, core.size - 1)
+        event_id = require_int(event_id, "event_id", 0, _MAX_EVENT_ID)
+        lanes = require_int(lanes, "lanes", 1, MAX_LANES)
+        channel = self._channels.get((peer, sending))
+        if channel is None:
+            channel = self._channels[peer, sending] = Channel(core, peer, sending=sending)
+        if channel.broken is not None:
+            raise FabricError(f"rank {core.rank}: the channel to {channel.name} is unusable: {channel.broken}", peer=peer)
+        request = Request(self, channel, array, event_id, lanes)
+        channel.under_way.append(request)
+        self._active.append(request)
+        core.progress = self.drive
+        self._step(request, 0)
+        return request
+
+    def blocking(
+        self, buffer: Any, peer: int, event_id: int, lanes: int, timeout_s: float | None, *, sending: bool
+    ) -> None:
+        """Send or receive, and wait. After a WaitTimeout the channel is unusable, since it was left in the middle."""
+        timeout_s = self.core.op_timeout_s if timeout_s is None else timeout_s
+        if sending and peer == self.core.rank:
+            raise UsageError(f"rank {peer} cannot send to itself and wait for its own receive; use isend", value=peer)
+        request = self.start(buffer, peer, event_id, lanes, sending=sending)
+        try:
+            self.wait(request, timeout_s)
+        except BaseException as error:
+            if not request.done:
+                self._abandon(request, f"event {request.event_id} was given up in the middle ({type(error).__name__})")
+            raise
+        if request.error is not None:
+            raise request.error
+
+    def drive(self) -> None:
+        """Give every request of this rank a chance, in the order in which they were posted."""
+        for request in list(self._active):
+            if not request.done:
+                self._step(request, 0)
+
+    def wait(self, request: Request, timeout_s: float) -> None:
+        """Drive all requests until this one is done."""
+        core = self.core
+        deadline: float | None = None
+        while not request.done:
+            if len(self._active) == 1:
+                status = self._step(request, min(SLICE_NS, max(1, int(timeout_s * 1e9))))
+            else:
+                status = self._drive_and_sleep(request)
+            if request.done:
+                return
+            if deadline is None:
+                deadline = time.monotonic() + timeout_s
+            elif time.monotonic() > deadline:
+                raise core.timed_out(request.describe(), timeout_s)
+            if status in (wait.SLICE, wait.ABORTED):
+                core.finish(wait.SLICE, lambda _slice_ns: OK, request.describe, timeout_s)
+
+    def _drive_and_sleep(self, request: Request) -> int:
+        """Several requests: drive them in turn, then sleep until the doorbell rings for any of them."""
+        for _ in range(_ROUNDS_BEFORE_SLEEP):
+            self.drive()
+            if request.done:
+                return OK
+            os.sched_yield()
+        control = self.core.control
+        wait.arm(control)
+        try:
+            self.drive()
+            return OK if request.done else int(wait.sleep(control, SLICE_NS))
+        finally:
+            wait.disarm(control)
+
+    def _step(self, request: Request, slice_ns: int) -> int:
+        channel = request.channel
+        status = int(channel.kernel.call(channel.address, request.address, slice_ns))
+        if status == OK:
+            self._end(request, None)
+        elif status == MISMATCH:
+            if channel.sending:
+                self._on_refusal(channel)
+            else:
+                self._end(request, self._mismatch(request))
+        return status
+
+    def _end(self, request: Request, error: XcclError | None) -> None:
+        request.done = True
+        request.error = error
+        request.channel.under_way.remove(request)
+        self._active.remove(request)
+        if not self._active:
+            self.core.progress = None
+
+    def _on_refusal(self, channel: Channel) -> None:
+        """The receiver has refused a message: it, and those written behind it before we knew, have failed."""
+        refused = channel.word(layout.CH_REFUSED_FIRST)
+        for request in list(channel.under_way):
+            if request.word(layout.OP_CHUNKS) and request.word(layout.OP_FIRST) >= refused:
+                if request.word(layout.OP_DONE) < request.word(layout.OP_CHUNKS):
+                    channel.state[layout.CH_TURN // 8] = request.word(layout.OP_TICKET) + 1
+                self._end(request, self._mismatch(request))
+
+    def _mismatch(self, request: Request) -> XcclError:
+        channel = request.channel
+        rank, peer = self.core.rank, channel.peer
+        event_id = channel.word(layout.CH_PEER_EVENT_ID)
+        n_bytes = channel.word(layout.CH_PEER_BYTES)
+        lanes = channel.word(layout.CH_PEER_LANES)
+        does, did = ("sends", "receives") if channel.sending else ("receives", "sent")
+        if event_id != request.event_id or (n_bytes == request.buffer.nbytes and lanes == request.lanes):
+            behind = "" if event_id != request.event_id else " (a message before this one was refused)"
+            return EventMismatch(
+                f"rank {rank} {does} event {request.event_id}, but rank {peer} {did} event {event_id}{behind}",
+                operation="send" if channel.sending else "recv", event_id=request.event_id, peer_event_id=event_id,
+                rank=rank, peer=peer,
+            )  # fmt: skip
+        return UsageError(
+            f"event {event_id}: rank {rank} {does} {request.buffer.nbytes} bytes on {request.lanes} lanes, but rank {peer} "
+            f"{did} {n_bytes} bytes on {lanes} lanes; both must be the same",
+            event_id=event_id, rank=rank, peer=peer, value=request.buffer.nbytes, bound=n_bytes,
+        )  # fmt: skip
+
+    def _abandon(self, request: Request, reason: str) -> None:
+        channel = request.channel
+        channel.broken = reason
+        for other in list(channel.under_way):
+            self._end(other, FabricError(f"the channel to {channel.name} is unusable: {reason}", peer=channel.peer))

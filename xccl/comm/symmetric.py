@@ -1,0 +1,187 @@
+"""Symmetric memory: arrays and signals at the same offset in every rank's segment."""
+
+from __future__ import annotations
+
+import zlib
+from bisect import bisect_left, insort
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import CapacityError, UsageError, XcclError
+from ..kernels import words
+from ..layout.record import HOT_LINE_BYTES, align_up
+from .buffers import require_int
+from .core import Core
+
+
+class SymmetricAllocator:
+    """First fit over a range of offsets. Ranks that make the same calls get the same offsets.
+
+    Args:
+        name: of the area, for messages.
+        start: first offset.
+        size_bytes: length of the range.
+    """
+
+    def __init__(self, name: str, start: int, size_bytes: int) -> None:
+        self._name = name
+        self._free: list[tuple[int, int]] = [(start, size_bytes)] if size_bytes else []
+        self._taken: dict[int, int] = {}
+
+    def alloc(self, n_bytes: int, alignment: int = HOT_LINE_BYTES) -> int:
+        """Offset of `n_bytes` free bytes, aligned; blocks take at least one unit of alignment.
+
+        Raises:
+            CapacityError: no free range is long enough; says the longest.
+        """
+        needed_bytes = align_up(max(n_bytes, 1), alignment)
+        for i, (start, length) in enumerate(self._free):
+            offset = align_up(start, alignment)
+            spare = offset - start
+            if length < spare + needed_bytes:
+                continue
+            rest = [(start, spare), (offset + needed_bytes, length - spare - needed_bytes)]
+            self._free[i : i + 1] = [part for part in rest if part[1]]
+            self._taken[offset] = needed_bytes
+            return offset
+        largest = max((length for _, length in self._free), default=0)
+        raise CapacityError(
+            f"the {self._name} has no {needed_bytes} bytes in one piece; the longest free range has {largest}",
+            needed_bytes=needed_bytes,
+            available_bytes=largest,
+        )
+
+    def free(self, offset: int) -> None:
+        """Give a block back.
+
+        Raises:
+            UsageError: no block starts there.
+        """
+        if offset not in self._taken:
+            raise UsageError(f"no block of the {self._name} starts at offset {offset}", value=offset)
+        insort(self._free, (offset, self._taken.pop(offset)))
+        i = bisect_left(self._free, (offset, 0))
+        for j in (i, i - 1):  # merge with the range behind, then with the one before
+            if 0 <= j < len(self._free) - 1:
+                (start, length), (behind, more) = self._free[j], self._free[j + 1]
+                if start + length == behind:
+                    self._free[j : j + 2] = [(start, length + more)]
+
+
+class SymmetricArray:
+    """An array of the same shape and dtype at the same offset in every rank's app data area. Made by `Communicator.empty`.
+
+    Attributes:
+        shape: shape of each rank's copy.
+        dtype: element type.
+        size: elements of one copy.
+        nbytes: bytes of one copy.
+        addresses: where each rank's copy lies in this process.
+    """
+
+    def __init__(self, core: Core, allocator: SymmetricAllocator, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self._core = core
+        self._allocator = allocator
+        self.shape = shape
+        self.dtype = dtype
+        self.itemsize: int = dtype.itemsize
+        self.size = int(np.prod(shape, dtype=np.int64))
+        self.nbytes = self.size * dtype.itemsize
+        self._offset = _collective_alloc(core, allocator, "empty", self.nbytes, _describe(shape, dtype))
+        self.addresses: list[int] = (core.fabric.segments + self._offset).tolist()
+        self._local: npt.NDArray[Any] | None = self.peer(core.rank)
+
+    @property
+    def local(self) -> npt.NDArray[Any]:
+        """This rank's copy."""
+        self.require_alive()
+        assert self._local is not None
+        return self._local
+
+    def peer(self, rank: int) -> npt.NDArray[Any]:
+        """Rank `rank`'s copy, by load and store.
+
+        Raises:
+            UsageError: there is no such rank, or the array was freed.
+            FabricError: the fabric gives no load/store access to peers.
+        """
+        self.require_alive()
+        rank = require_int(rank, "rank", 0, self._core.size - 1)
+        self._core.fabric.require_peer(rank)
+        return self._core.fabric.view(rank, self._offset, self.nbytes).view(self.dtype).reshape(self.shape)
+
+    def free(self) -> None:
+        """Give the memory back. Collective: returns when all ranks have called it, so nobody still uses the array.
+
+        Raises:
+            UsageError: it was freed before, or ranks free different arrays.
+        """
+        self.require_alive()
+        self._core.agree("free", {"array": self._offset})
+        self._allocator.free(self._offset)
+        self._local = None
+        self._offset = -1
+
+    def require_alive(self) -> None:
+        """Raise UsageError if the array was freed, or its rank has left the session."""
+        self._core.require_open()
+        if self._offset < 0:
+            raise UsageError("this symmetric array was freed", value="freed")
+
+    def __repr__(self) -> str:
+        return f"SymmetricArray(shape={self.shape}, dtype={self.dtype}, rank={self._core.rank} of {self._core.size})"
+
+
+class Signals:
+    """Epoch words in each rank's own segment, two cache lines apart. Made by `Communicator.signals`; they start at 0.
+
+    Attributes:
+        count: number of words.
+        addresses: where each rank's first word lies in this process.
+    """
+
+    STRIDE_BYTES = HOT_LINE_BYTES
+
+    def __init__(self, core: Core, allocator: SymmetricAllocator, count: int) -> None:
+        self._core = core
+        self.count = count
+        offset = _collective_alloc(core, allocator, "signals", count * self.STRIDE_BYTES, {"count": count}, zero=True)
+        self.addresses: list[int] = (core.fabric.segments + offset).tolist()
+
+    def read(self, index: int) -> int:
+        """The present value of this rank's word `index`."""
+        self._core.require_open()
+        index = require_int(index, "index", 0, self.count - 1)
+        return int(words.load(self.addresses[self._core.rank] + index * self.STRIDE_BYTES))
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def _describe(shape: tuple[int, ...], dtype: np.dtype[Any]) -> dict[str, int]:
+    dims = {f"shape[{i}]": n for i, n in enumerate(shape)}
+    return {"ndim": len(shape), "dtype (checksum of its name)": zlib.crc32(str(dtype).encode()), **dims}
+
+
+def _collective_alloc(
+    core: Core, allocator: SymmetricAllocator, call: str, n_bytes: int, arguments: dict[str, int], *, zero: bool = False
+) -> int:
+    """Allocate on all ranks or on none."""
+    offset = -1
+    failure: XcclError | None = None
+    try:
+        offset = allocator.alloc(n_bytes)
+        core.fabric.commit(core.rank, offset, n_bytes)
+        if zero:
+            core.fabric.view(core.rank, offset, n_bytes)[:] = 0
+    except CapacityError as error:
+        failure = error
+    try:
+        core.agree(call, arguments, failure)
+    except BaseException:
+        if offset >= 0:
+            allocator.free(offset)
+        raise
+    return offset

@@ -1,0 +1,9 @@
+"""Global memory behind one interface: POSIX shared memory between processes, anonymous memory between threads."""
+
+from __future__ import annotations
+
+from .base import Fabric
+from .local import LocalFabric, LocalWorld
+from .shm import ShmFabric
+
+__all__ = ["Fabric", "LocalFabric", "LocalWorld", "ShmFabric"]

@@ -1,0 +1,8 @@
+"""Compiled loops. Addresses and integers in, a status out: no Python objects, no exceptions, no allocation."""
+
+from __future__ import annotations
+
+from . import moe, onesided, ring, wait, words
+from ._jit import cache_dir, warm
+
+__all__ = ["cache_dir", "moe", "onesided", "ring", "wait", "warm", "words"]

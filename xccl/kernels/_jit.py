@@ -1,0 +1,131 @@
+"""How kernels are declared, compiled once, and cached.
+
+`@kernel("int64(int64, int64)")` declares an entry point that Python calls; `@device` declares a function that only other
+kernels call (the terms are CUDA's). Nothing is compiled at import: `warm()` compiles every declared kernel, or loads it
+from the disk cache, and is called once by the parent before ranks start, so that ranks forked from it start warm.
+
+The cache directory's name carries a digest of *all* kernel sources: numba keys its cache on the kernel's own file
+only, and would miss a change of a helper in another one. Two processes that warm at the same time take turns under
+a file lock, since eight processes that compile at once take four times as long as one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numba
+
+#: Options of every kernel. No fast-math: results must be the same bits on every path and machine (no FMA contraction).
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+
+_KERNELS: list[Kernel] = []
+
+
+def _source_digest() -> str:
+    """A digest of everything that the compiled code depends on: kernel sources, layouts, numba and Python versions."""
+    package = Path(__file__).resolve().parent
+    digest = hashlib.sha256(f"{numba.__version__} {platform.python_version()}".encode())
+    for folder in (package, package.parent / "layout"):
+        for source in sorted(folder.glob("*.py")):
+            digest.update(source.name.encode())
+            digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cache_dir() -> Path:
+    """The directory of compiled kernels: `$XCCL_CACHE_DIR`, else the user's cache, else a private temporary one."""
+    root = os.environ.get("XCCL_CACHE_DIR")
+    if root:
+        base = Path(root)
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xccl"
+    path = base / f"kernels-{_DIGEST}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        usable = os.access(path, os.W_OK)
+    except OSError:
+        usable = False
+    if not usable:
+        path = Path(tempfile.gettempdir()) / f"xccl-{os.getuid()}" / f"kernels-{_DIGEST}"
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return path
+
+
+_DIGEST = _source_digest()
+_CACHE_DIR = cache_dir()
+
+
+@contextlib.contextmanager
+def _numba_cache_here() -> Iterator[None]:
+    # numba reads CACHE_DIR while it decorates; the user's own kernels must keep theirs.
+    saved = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(_CACHE_DIR)
+    try:
+        yield
+    finally:
+        numba.config.CACHE_DIR = saved
+
+
+class Kernel:
+    """A compiled entry point with one signature.
+
+    `kernel.call` is the bare entry point: it skips numba's type dispatch (about 0.2 us a call) and checks nothing, so
+    callers validate first. It exists after `compile()`; calling the object itself compiles on demand.
+    """
+
+    __slots__ = ("call", "dispatcher", "name", "signature")
+
+    def __init__(self, function: Callable[..., Any], signature: str) -> None:
+        self.name = function.__name__
+        self.signature = signature
+        with _numba_cache_here():
+            self.dispatcher = numba.njit(cache=True, **_OPTIONS)(function)
+        self.call: Callable[..., Any] = self._first_call
+        _KERNELS.append(self)
+
+    def _first_call(self, *args: Any) -> Any:
+        self.compile()
+        return self.call(*args)
+
+    def compile(self) -> None:
+        """Compile, or load from the cache, and bind `call`."""
+        if self.call == self._first_call:
+            self.dispatcher.compile(self.signature)
+            (overload,) = self.dispatcher.overloads.values()
+            self.call = overload.entry_point
+
+    def __call__(self, *args: Any) -> Any:
+        return self.call(*args)
+
+
+def kernel(signature: str) -> Callable[[Callable[..., Any]], Kernel]:
+    """Declare a kernel with a numba signature such as `"int64(int64, int64)"`."""
+
+    def declare(function: Callable[..., Any]) -> Kernel:
+        return Kernel(function, signature)
+
+    return declare
+
+
+def device(function: Callable[..., Any]) -> Any:
+    """Declare a function that only kernels call; LLVM inlines it where that pays."""
+    return numba.njit(**_OPTIONS)(function)
+
+
+def warm() -> None:
+    """Compile or load every declared kernel, once per process; across processes one at a time."""
+    pending = [k for k in _KERNELS if k.call == k._first_call]
+    if not pending:
+        return
+    with open(_CACHE_DIR / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for item in pending:
+            item.compile()

@@ -1,0 +1,147 @@
+"""Put, get, signal, wait and barrier.
+
+Rules. A signal never overtakes the data that the same rank put before it: data is stored, then the signal word is
+released (SYNC POINT signal); the waiter acquires it. A barrier is a count at rank 0 and a release word in each segment:
+the last rank to arrive, whoever it is, releases all, so that every rank waits on its own segment only.
+"""
+
+from __future__ import annotations
+
+from ..layout.segment import (
+    AGREE_EPOCH,
+    AGREE_VALUES,
+    CONTROL_OFFSET,
+    CTL_BARRIER_ARRIVALS,
+    CTL_BARRIER_RELEASE,
+    CTL_DOORBELL,
+)
+from ._jit import device, kernel
+from .atomics import fence_seq_cst, fetch_add, load_acquire, load_i64, store_i64, store_release
+from .copy import copy_bytes_auto
+from .wait import OK, relax, ring, settle
+
+#: Comparison codes of `wait_until`, by name.
+COMPARISONS = {"eq": 0, "ne": 1, "gt": 2, "ge": 3, "lt": 4, "le": 5}
+
+
+@kernel("void(int64, int64, int64)")
+def copy(destination: int, source: int, n_bytes: int) -> None:
+    """Copy `n_bytes` between two addresses that do not overlap."""
+    copy_bytes_auto(destination, source, n_bytes)
+
+
+@kernel("void()")
+def quiet() -> None:
+    """Complete all earlier stores of this rank, as seen by every other."""
+    fence_seq_cst()
+
+
+@device
+def _signal(address: int, value: int, add: int, control: int) -> None:
+    # SYNC POINT signal: released after the data; `wait_until` acquires it.
+    if add != 0:
+        fetch_add(address, value)
+    else:
+        store_release(address, value)
+    ring(control)
+
+
+@kernel("void(int64, int64, int64, int64)")
+def signal(address: int, value: int, add: int, control: int) -> None:
+    """Set (or add to) a signal word of the rank with this control area, and wake that rank."""
+    _signal(address, value, add, control)
+
+
+@kernel("void(int64, int64, int64, int64, int64, int64, int64)")
+def put_signal(destination: int, source: int, n_bytes: int, address: int, value: int, add: int, control: int) -> None:
+    """Copy, then signal."""
+    copy_bytes_auto(destination, source, n_bytes)
+    _signal(address, value, add, control)
+
+
+@device
+def _holds(seen: int, comparison: int, value: int) -> bool:
+    if comparison == 0:
+        return seen == value
+    if comparison == 1:
+        return seen != value
+    if comparison == 2:
+        return seen > value
+    if comparison == 3:
+        return seen >= value
+    if comparison == 4:
+        return seen < value
+    return seen <= value
+
+
+@kernel("int64(int64, int64, int64, int64, int64, int64)")
+def wait_until(control: int, address: int, comparison: int, value: int, seen_address: int, slice_ns: int) -> int:
+    """Wait until a signal word of this rank compares so; the value seen is stored at `seen_address`."""
+    n = 0
+    while True:
+        seq = load_acquire(control + CTL_DOORBELL)
+        # SYNC POINT signal: acquires what the signalling rank released.
+        seen = load_acquire(address)
+        if _holds(seen, comparison, value):
+            break
+        n = relax(control, n, seq, slice_ns)
+        if n < 0:
+            store_i64(seen_address, seen)
+            return n
+    settle(control, n)
+    store_i64(seen_address, seen)
+    return OK
+
+
+@kernel("int64(int64, int64, int64, int64, int64, int64)")
+def barrier(control: int, controls: int, ranks: int, epoch: int, arrived: int, slice_ns: int) -> int:
+    """Barrier number `epoch` (from 1).
+
+    Args:
+        control: address of the own control area.
+        controls: address of [ranks] int64, the control areas of all ranks.
+        ranks: number of ranks.
+        epoch: number of this barrier, the same at all ranks.
+        arrived: address of the number of the last barrier at which this rank was counted: a call that goes on after
+            a slice must not be counted again.
+        slice_ns: how long to sleep at most.
+    """
+    if load_i64(arrived) != epoch:
+        store_i64(arrived, epoch)
+        # SYNC POINT barrier: the counting is acquire and release, so the last to arrive has seen what all did before.
+        if fetch_add(load_i64(controls) + CTL_BARRIER_ARRIVALS, 1) + 1 == epoch * ranks:
+            for i in range(ranks):
+                peer = load_i64(controls + 8 * i)
+                store_release(peer + CTL_BARRIER_RELEASE, epoch)
+                ring(peer)
+    n = 0
+    while True:
+        seq = load_acquire(control + CTL_DOORBELL)
+        if load_acquire(control + CTL_BARRIER_RELEASE) >= epoch:
+            break
+        n = relax(control, n, seq, slice_ns)
+        if n < 0:
+            return n
+    settle(control, n)
+    return OK
+
+
+@kernel("void(int64, int64, int64, int64, int64, int64)")
+def agree(segments: int, ranks: int, offset: int, values: int, n: int, epoch: int) -> None:
+    """Write this rank's part of agreement number `epoch` into every segment.
+
+    Args:
+        segments: address of [ranks] int64, the segments of all ranks.
+        ranks: number of ranks.
+        offset: of this rank's record for this epoch, in every segment.
+        values: address of [n] int64.
+        n: number of values.
+        epoch: number of the agreement.
+    """
+    for r in range(ranks):
+        segment = load_i64(segments + 8 * r)
+        for i in range(n):
+            store_i64(segment + offset + AGREE_VALUES + 8 * i, load_i64(values + 8 * i))
+        # SYNC POINT agreement: released after the values; `wait_all` on the epochs acquires it.
+        store_release(segment + offset + AGREE_EPOCH, epoch)
+        ring(segment + CONTROL_OFFSET)

@@ -1,0 +1,25 @@
+"""What bytes mean: element types, and the layout of everything in global memory. No I/O and no compiled code."""
+
+from __future__ import annotations
+
+from .moe import EXPERT_FIELD, ROUTING, STATE
+from .record import Field, Record
+from .ring import ACK_FIELD, CHANNEL, DATA_FIELD, OPERATION, SLOT
+from .segment import AGREEMENT, CONTROL, HEADER
+
+#: Every record, in the order of the documentation: shared ones first, then those that are private to a rank.
+ALL_RECORDS: tuple[Record, ...] = (
+    HEADER,
+    CONTROL,
+    AGREEMENT,
+    DATA_FIELD,
+    ACK_FIELD,
+    SLOT,
+    EXPERT_FIELD,
+    CHANNEL,
+    OPERATION,
+    STATE,
+    ROUTING,
+)
+
+__all__ = ["ALL_RECORDS", "Field", "Record"]

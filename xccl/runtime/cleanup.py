@@ -1,0 +1,99 @@
+"""Segments that lost their owner: names in /dev/shm whose session was killed before it could unlink them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..fabric.segment import NAME_PREFIX, SHM_DIR, segment_name, start_ticks
+from ..layout import segment as layout
+
+#: A younger segment without a ready flag or lock may be one that is just being made.
+_GRACE_S = 5.0
+
+
+@dataclass(frozen=True)
+class StaleSegment:
+    """A named segment of xccl in /dev/shm.
+
+    Attributes:
+        name: file name in /dev/shm.
+        size_bytes: memory that it takes.
+        owner_pid: process that made it, 0 if it never said.
+        alive: whether that process still runs.
+    """
+
+    name: str
+    size_bytes: int
+    owner_pid: int
+    alive: bool
+
+
+def find_segments() -> list[StaleSegment]:
+    """All named segments of xccl on this machine that this user may read, stale or not."""
+    found = []
+    for path in sorted(Path(SHM_DIR).glob(f"{NAME_PREFIX}*")):
+        with contextlib.suppress(OSError):
+            found.append(_inspect(path))
+    return found
+
+
+def find_stale() -> list[StaleSegment]:
+    """Named segments whose owners are dead."""
+    return [segment for segment in find_segments() if not segment.alive]
+
+
+def remove_stale() -> list[StaleSegment]:
+    """Unlink the names of segments whose owners are dead; what was removed."""
+    removed = []
+    for segment in find_stale():
+        with contextlib.suppress(OSError):
+            os.unlink(Path(SHM_DIR) / segment.name)
+            removed.append(segment)
+    return removed
+
+
+def remove_session(session_id: bytes, ranks: int) -> None:
+    """Unlink whatever names of a session are left. Only for its launcher, after all its ranks have ended."""
+    for rank in range(ranks):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(SHM_DIR + segment_name(session_id, rank))
+
+
+def _inspect(path: Path) -> StaleSegment:
+    with open(path, "rb") as file:
+        stat = os.fstat(file.fileno())
+        header = np.zeros(layout.HEADER.size_bytes // 8, np.int64)
+        data = file.read(layout.HEADER.size_bytes)
+        header[: len(data) // 8] = np.frombuffer(data[: len(data) // 8 * 8], np.int64)
+        pid = int(header[layout.HDR_OWNER_PID // 8])
+        ticks = int(header[layout.HDR_OWNER_START // 8])
+        if pid:
+            alive = start_ticks(pid) == ticks and not _is_zombie(pid)
+        else:
+            alive = _is_locked(file.fileno()) or time.time() - stat.st_mtime < _GRACE_S
+    return StaleSegment(path.name, stat.st_blocks * 512, pid, alive)
+
+
+def _is_locked(fd: int) -> bool:
+    """Does a living process hold the owner's lock?"""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return False
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
+            return stat.read().rpartition(")")[2].split()[0] in ("Z", "X")
+    except (OSError, IndexError):
+        return True
