@@ -53,7 +53,7 @@ _FIGURES: Final = (
 )
 _MOE_FIGURES: Final = (
     Column("tokens/s", "", lambda row: _number(row.tokens_per_s, 0), 9),
-    Column("imbal", "max/mean", lambda row: _number(row.load_imbalance, 2), 8),
+    Column("imbal", "max/mean", lambda row: _number(row.load_imbalance, 2), 10),
 )
 _WRONG: Final = Column("wrong", "", lambda row: "-" if row.wrong is None else str(row.wrong), 6)
 

@@ -17,9 +17,9 @@ _addressof = ctypes.addressof
 
 
 def address_of(array: npt.NDArray[Any]) -> int:
-    """Address of an array's first element; three times as fast as `array.ctypes.data` where the buffer protocol allows."""
+    """Address of an array's first element; thrice as fast as `array.ctypes.data` where there is a buffer protocol."""
     try:
-        return _addressof(_from_buffer(array))
+        return _addressof(_from_buffer(array))  # type: ignore[arg-type]
     except (TypeError, ValueError):  # read-only, empty, or a dtype without buffer format (bfloat16)
         return int(array.ctypes.data)
 
@@ -91,8 +91,8 @@ class _Lease:
 class BufferPool:
     """Memory for results, used again once the caller has dropped the last view of a result.
 
-    A fresh allocation of megabytes costs a page fault every 4 KiB, more than the copy into it. Sizes are rounded up to powers of
-    two, and at most `keep` free buffers of a size are kept.
+    A fresh allocation of megabytes costs a page fault every 4 KiB, more than the copy into it. Sizes are rounded up to
+    powers of two, and at most `keep` free buffers of a size are kept.
     """
 
     def __init__(self, keep: int = 4) -> None:

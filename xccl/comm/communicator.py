@@ -34,7 +34,9 @@ class Communicator:
         fabric_name: "shm" or "local".
     """
 
-    def __init__(self, fabric: Fabric, *, op_timeout_s: float = 30.0, report: Callable[[Any], None] | None = None) -> None:
+    def __init__(
+        self, fabric: Fabric, *, op_timeout_s: float = 30.0, report: Callable[[Any], None] | None = None
+    ) -> None:
         geometry = fabric.geometry
         self.core = Core(fabric, op_timeout_s)
         self.rank = fabric.rank
@@ -137,17 +139,19 @@ class Communicator:
     def _remote(self, target: SymmetricArray, array: npt.NDArray[Any], peer: int, offset: int, name: str) -> int:
         """Address of element `offset` at `peer`, after all checks."""
         if not isinstance(target, SymmetricArray):
-            raise UsageError(f"the remote side must be a symmetric array, got {type(target).__name__}", value=type(target).__name__)
+            raise UsageError(f"the remote side must be a symmetric array, got {type(target).__name__}", value=target)
         target.require_alive()
         peer = require_int(peer, "peer", 0, self.size - 1)
         if array.dtype != target.dtype:
             raise UsageError(
-                f"{name} is {array.dtype}, the symmetric array is {target.dtype}", value=str(array.dtype), bound=str(target.dtype)
+                f"{name} is {array.dtype}, the symmetric array is {target.dtype}",
+                value=str(array.dtype),
+                bound=str(target.dtype),
             )
         offset = require_int(offset, "offset", 0, target.size)
         if offset + array.size > target.size:
             raise UsageError(
-                f"{array.size} elements at offset {offset} end at {offset + array.size}, the symmetric array has {target.size}",
+                f"{array.size} elements at offset {offset} end at {offset + array.size}, the array has {target.size}",
                 value=offset + array.size, bound=target.size,
             )  # fmt: skip
         self.core.fabric.require_peer(peer)
@@ -157,7 +161,9 @@ class Communicator:
         """Address of a signal word at `peer`, and of that rank's control area."""
         self.core.require_open()
         if not isinstance(signals, Signals):
-            raise UsageError(f"signals must come from comm.signals(), got {type(signals).__name__}", value=type(signals).__name__)
+            raise UsageError(
+                f"signals must come from comm.signals(), got {type(signals).__name__}", value=type(signals).__name__
+            )
         index = require_int(index, "index", 0, signals.count - 1)
         peer = require_int(peer, "peer", 0, self.size - 1)
         return signals.addresses[peer] + index * Signals.STRIDE_BYTES, int(self.core.fabric.controls[peer])
@@ -236,7 +242,9 @@ class Communicator:
         word, control = self._signal_word(signals, index, self.rank)
         code = _COMPARISONS.get(comparison)
         if code is None:
-            raise UsageError(f"comparison must be one of {', '.join(_COMPARISONS)}, got {comparison!r}", value=comparison)
+            raise UsageError(
+                f"comparison must be one of {', '.join(_COMPARISONS)}, got {comparison!r}", value=comparison
+            )
         value = require_int(value, "value", *_INT64)
         timeout_s = self.core.op_timeout_s if timeout_s is None else require_timeout(timeout_s)
         call, seen = onesided.wait_until.call, self._seen
@@ -322,7 +330,7 @@ class Communicator:
         return self._p2p.start(buffer, dst, event_id, lanes, sending=True)
 
     def irecv(self, buffer: npt.NDArray[Any], src: int, event_id: int, lanes: int = 2) -> Request:
-        """Start a receive; arguments as for `recv`. Receives from a rank complete in the order in which they are posted."""
+        """Start a receive; arguments as for `recv`. Receives from a rank complete in the order of their posting."""
         return self._p2p.start(buffer, src, event_id, lanes, sending=False)
 
     # -- session ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -96,12 +96,14 @@ class Core:
     def require_open(self) -> None:
         """Raise UsageError if this rank has left its session."""
         if self.closed:
-            raise UsageError(f"rank {self.rank} has left its session: no operation is possible after close()", value="closed")
+            raise UsageError(
+                f"rank {self.rank} has left its session: no operation is possible after close()", value="closed"
+            )
         if self.broken is not None:
             raise FabricError(f"rank {self.rank}: the session is unusable: {self.broken}", rank=self.rank)
 
     def fail(self, error: BaseException) -> None:
-        """Tell all ranks that this one has failed; they end with SessionAborted. Nothing happens if the session is over already."""
+        """Tell all ranks that this one has failed, unless the session is over; they end with SessionAborted."""
         if self.closed or self.fabric.abort_word() is not None:
             return
         interrupted = isinstance(error, KeyboardInterrupt)
@@ -115,9 +117,7 @@ class Core:
             return _PROGRESS_SLICE_NS
         return min(SLICE_NS, max(1, int(timeout_s * 1e9)))
 
-    def finish(
-        self, status: int, step: Callable[[int], int], describe: Callable[[], Waiting], timeout_s: float
-    ) -> int:
+    def finish(self, status: int, step: Callable[[int], int], describe: Callable[[], Waiting], timeout_s: float) -> int:
         """Go on with a wait whose first slice ended with `status`, until it succeeds or cannot.
 
         Args:
@@ -193,7 +193,9 @@ class Core:
         left = [r for r in range(self.size) if r != self.rank and self.fabric.state(r) == STATE_LEFT]
         peer = waiting.peer if waiting.peer is not None else left[0]
         reason = "has finished and left the session"
-        raise PeerDied(f"rank {self.rank}: rank {peer} {reason}, during {waiting}", rank=self.rank, peer=peer, reason=reason)
+        raise PeerDied(
+            f"rank {self.rank}: rank {peer} {reason}, during {waiting}", rank=self.rank, peer=peer, reason=reason
+        )
 
     # -- agreement --------------------------------------------------------------------------------------------------
 
@@ -264,7 +266,7 @@ class Core:
         self.run(step, describe)
 
 
-def _grouped(by_rank: dict[int, object]) -> str:
+def _grouped(by_rank: Mapping[int, object]) -> str:
     """`{0: a, 1: a, 2: b}` as "a at ranks 0, 1; b at rank 2"."""
     groups: dict[object, list[int]] = {}
     for rank, value in by_rank.items():

@@ -1,10 +1,12 @@
 """Expert-parallel dispatch and combine by the pull protocol (XDS section 3.2).
 
 Rules
-- Everything a rank writes for others lies in its OWN managed area; peers pull it. Into peers' segments go only 32-byte fields.
-- An operation has an epoch, the same at all ranks. Rank P announces operation e to rank R by a field in R's metadata area: where P's
-  block for R starts, how many rows it has, and, last, e (SYNC POINT expert-field).
-- When R has pulled all it wanted of operation e it writes e to `pulled` in the field it owns at every peer (SYNC POINT expert-pulled).
+- Everything a rank writes for others lies in its OWN managed area; peers pull it. Into peers' segments go only 32-byte
+  fields.
+- An operation has an epoch, the same at all ranks. Rank P announces operation e to rank R by a field in R's metadata
+  area: where P's block for R starts, how many rows it has, and, last, e (SYNC POINT expert-field).
+- When R has pulled all it wanted of operation e it writes e to `pulled` in the field it owns at every peer (SYNC POINT
+  expert-pulled).
 - A rank writes its managed area for operation e only when `pulled` of all peers is at least e - 1.
 - Dispatch and combine have separate areas, fields and epochs.
 
@@ -13,18 +15,21 @@ Steps of both (the numbers are the paper's):
   1-3. write: tokens are read, quantised if asked, and written to the own managed area, one block for each peer.
   4. announce: each peer's field.
   5. await-fields: until the fields of all peers carry this epoch.
-  6-7. pull: rows go from the peers' managed areas to the output. combine sums a token's rows on the way, in slot order, in float32.
+  6-7. pull: rows go from the peers' managed areas to the output. combine sums a token's rows on the way, in slot order,
+       in float32.
   8. release: `pulled` at each peer.
 
-Theory of operation: no operation overwrites what a slow peer still reads. Claim: while R may read P's area or its own field from P for
-operation e, P writes neither for a later one. P writes the area for e + 1, and then announces e + 1, only after step 0 of e + 1, that is
-after it acquired pulled >= e from R. R released that value in its step 8 of e, after its last read of P's area and of the field in
-steps 5 to 7. So each of R's reads for e happens before each of P's writes for e + 1. The word `pulled` itself has one writer
-and only grows, and so has the epoch. R can be at most one operation behind P: P's step 5 of e + 1 needs R's announcement of e + 1. Dispatch and
-combine do not interact, since nothing is shared between their areas, fields and epochs; any mix of calls in the
-same order at all ranks is safe, with a rank delayed at any step (tests/multirank/test_moe_delays.py does that).
+Theory of operation: no operation overwrites what a slow peer still reads. Claim: while R may read P's area or its own
+field from P for operation e, P writes neither for a later one. P writes the area for e + 1, and then announces e + 1,
+only after step 0 of e + 1, that is after it acquired pulled >= e from R. R released that value in its step 8 of e,
+after its last read of P's area and of the field in steps 5 to 7. So each of R's reads for e happens before each of P's
+writes for e + 1. The word `pulled` itself has one writer and only grows, and so has the epoch. R can be at most one
+operation behind P: P's step 5 of e + 1 needs R's announcement of e + 1. Dispatch and combine do not interact, since
+nothing is shared between their areas, fields and epochs; any mix of calls in the same order at all ranks is safe, with
+a rank delayed at any step (tests/multirank/test_moe_delays.py does that).
 
-The operands of combine are read where they lie, in an order fixed by the routing, so the result does not depend on timing.
+The operands of combine are read where they lie, in an order fixed by the routing, so the result does not depend on
+timing.
 """
 
 from __future__ import annotations
@@ -138,7 +143,9 @@ class ExpertParallel:
         self.num_experts = require_int(num_experts, "num_experts", 1, 1 << 20)
         if self.num_experts % ranks:
             raise UsageError(
-                f"num_experts must be a multiple of the {ranks} ranks, got {num_experts}", value=num_experts, bound=ranks
+                f"num_experts must be a multiple of the {ranks} ranks, got {num_experts}",
+                value=num_experts,
+                bound=ranks,
             )
         self.local_experts = self.num_experts // ranks
         self.hidden = require_int(hidden, "hidden", 1, 1 << 20)
@@ -278,7 +285,7 @@ class ExpertParallel:
         if n < 0:
             source = -1 - n
             raise FabricError(
-                f"rank {self._core.rank}: the counts that rank {source} wrote for dispatch {routing.epoch} contradict its field",
+                f"rank {self._core.rank}: the counts of rank {source} in dispatch {routing.epoch} contradict its field",
                 rank=self._core.rank, peer=source,
             )  # fmt: skip
         tokens = self._pool.take((n, self.hidden), self.token_dtype)
@@ -303,8 +310,8 @@ class ExpertParallel:
             topk_weights: float [tokens, top_k]; used as float32.
 
         Returns:
-            y [tokens, hidden]: y[t] = sum over slots k of weights[t, k] * out(t, k), in float32, in slot order, rounded to
-            nearest even. Slots with -1 add nothing, whatever their weight. A NaN is the positive quiet NaN.
+            y [tokens, hidden]: y[t] = sum over slots k of weights[t, k] * out(t, k), in float32, in slot order, rounded
+            to nearest even. Slots with -1 add nothing, whatever their weight. A NaN is the positive quiet NaN.
 
         Raises:
             UsageError: a dtype or shape is wrong, or `dispatched` belongs to another object. Nothing was sent.
@@ -381,11 +388,13 @@ class ExpertParallel:
         if x.dtype != self.dtype:
             raise UsageError(f"x must be {self.dtype}, got {x.dtype}", value=str(x.dtype), bound=str(self.dtype))
         if x.ndim != 2 or x.shape[1] != self.hidden:
-            raise UsageError(f"x must have shape [tokens, {self.hidden}], got {x.shape}", value=x.shape, bound=self.hidden)
+            raise UsageError(
+                f"x must have shape [tokens, {self.hidden}], got {x.shape}", value=x.shape, bound=self.hidden
+            )
         tokens = x.shape[0]
         if tokens > self.max_tokens:
             raise CapacityError(
-                f"x has {tokens} tokens, max_tokens is {self.max_tokens}; make the ExpertParallel object with max_tokens >= {tokens}",
+                f"x has {tokens} tokens, max_tokens is {self.max_tokens}; it must be at least {tokens}",
                 needed_bytes=tokens * self.top_k * self._row_bytes,
                 available_bytes=self.max_tokens * self.top_k * self._row_bytes,
                 value=tokens, bound=self.max_tokens,
@@ -395,25 +404,34 @@ class ExpertParallel:
             raise UsageError(f"topk_idx must be integers, got {idx.dtype}", value=str(idx.dtype))
         if idx.shape != (tokens, self.top_k):
             raise UsageError(
-                f"topk_idx must have shape ({tokens}, {self.top_k}), got {idx.shape}", value=idx.shape, bound=(tokens, self.top_k)
+                f"topk_idx must have shape ({tokens}, {self.top_k}), got {idx.shape}",
+                value=idx.shape,
+                bound=(tokens, self.top_k),
             )
         return x, idx.astype(np.int64, copy=False)
 
     def _check_outputs(
         self, expert_out: npt.NDArray[Any], dispatched: Dispatched, topk_weights: npt.NDArray[Any]
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
-        if not isinstance(dispatched, Dispatched) or dispatched.owner is not self:
-            raise UsageError("combine needs what dispatch of the same ExpertParallel object returned", value=type(dispatched).__name__)
+        if getattr(dispatched, "owner", None) is not self:
+            raise UsageError(
+                "combine needs what dispatch of the same ExpertParallel object returned",
+                value=type(dispatched).__name__,
+            )
         out = readable(expert_out, "expert_out")
         expected = (dispatched.source.shape[0], self.hidden)
         if out.dtype != self.dtype:
-            raise UsageError(f"expert_out must be {self.dtype}, got {out.dtype}", value=str(out.dtype), bound=str(self.dtype))
+            raise UsageError(
+                f"expert_out must be {self.dtype}, got {out.dtype}", value=str(out.dtype), bound=str(self.dtype)
+            )
         if out.shape != expected:
             raise UsageError(f"expert_out must have shape {expected}, got {out.shape}", value=out.shape, bound=expected)
         weights = readable(topk_weights, "topk_weights")
         shape = (dispatched.routing.tokens, self.top_k)
         if weights.shape != shape:
-            raise UsageError(f"topk_weights must have shape {shape}, got {weights.shape}", value=weights.shape, bound=shape)
+            raise UsageError(
+                f"topk_weights must have shape {shape}, got {weights.shape}", value=weights.shape, bound=shape
+            )
         if weights.dtype != np.float32:
             if weights.dtype not in CODE_OF and weights.dtype.kind != "f":
                 raise UsageError(f"topk_weights must be floating point, got {weights.dtype}", value=str(weights.dtype))

@@ -1,8 +1,8 @@
 """Send and receive between two ranks (XDS section 3.1). Rules and theory of operation: `xccl.kernels.ring`.
 
-Progress. A request moves on whenever its rank is in `test`, `wait`, or any call that waits; all requests of the rank are driven then,
-in the order in which they were posted, so two ranks that send to each other before they receive do not block each other. A
-rank that computes makes no progress meanwhile.
+Progress. A request moves on whenever its rank is in `test`, `wait`, or any call that waits; all requests of the rank
+are driven then, in the order of their posting, so two ranks that send to each other before they receive do not block
+each other. A rank that computes makes no progress meanwhile.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..errors import EventMismatch, FabricError, UsageError, XcclError
 from ..kernels import ring, wait
-from ..kernels.wait import MISMATCH, OK
+from ..kernels.wait import MISMATCH, OK, PENDING
 from ..layout import ring as layout
 from ..layout.ring import CHANNEL, MAX_LANES, OPERATION
 from .buffers import address_of, readable, require_int, writable
@@ -28,7 +28,7 @@ _ROUNDS_BEFORE_SLEEP = 20
 
 
 class Channel:
-    """One direction of a pair, with its ring. Made when the pair first talks in that direction; commits the ring then."""
+    """One direction of a pair, with its ring, which is committed when the pair first talks in that direction."""
 
     def __init__(self, core: Core, peer: int, *, sending: bool) -> None:
         geometry = core.fabric.geometry
@@ -99,6 +99,10 @@ class Request:
         """A word of the operation."""
         return int(self.op[offset // 8])
 
+    def is_under_way(self) -> bool:
+        """Not done yet. Looks only, and drives nothing."""
+        return not self.done
+
     def test(self) -> bool:
         """Drive all requests of this rank a little; is this one done?
 
@@ -106,9 +110,9 @@ class Request:
             EventMismatch, UsageError: the other side means another transfer, or another size.
             PeerDied, SessionAborted: the session is over.
         """
-        if not self.done:
+        if self.is_under_way():
             self._engine.drive()
-            if not self.done:
+            if self.is_under_way():
                 self._engine.core.check_session(self.describe)
         if self.error is not None:
             raise self.error
@@ -118,8 +122,8 @@ class Request:
         """Return when the transfer is complete: for a send, when the receiver has acknowledged all of it.
 
         Args:
-            timeout_s: deadline in seconds; the communicator's default if None. After a WaitTimeout the request is still under way, and
-                may be waited for again.
+            timeout_s: deadline in seconds; the communicator's default if None. After a WaitTimeout the request is still
+                under way, and may be waited for again.
 
         Raises:
             EventMismatch, UsageError, WaitTimeout, PeerDied, SessionAborted: as for `send` and `recv`.
@@ -157,7 +161,9 @@ class PointToPoint:
         if channel is None:
             channel = self._channels[peer, sending] = Channel(core, peer, sending=sending)
         if channel.broken is not None:
-            raise FabricError(f"rank {core.rank}: the channel to {channel.name} is unusable: {channel.broken}", peer=peer)
+            raise FabricError(
+                f"rank {core.rank}: the channel to {channel.name} is unusable: {channel.broken}", peer=peer
+            )
         request = Request(self, channel, array, event_id, lanes)
         channel.under_way.append(request)
         self._active.append(request)
@@ -185,39 +191,39 @@ class PointToPoint:
     def drive(self) -> None:
         """Give every request of this rank a chance, in the order in which they were posted."""
         for request in list(self._active):
-            if not request.done:
+            if request.is_under_way():
                 self._step(request, 0)
 
     def wait(self, request: Request, timeout_s: float) -> None:
         """Drive all requests until this one is done."""
-        core = self.core
-        deadline: float | None = None
-        while not request.done:
-            if len(self._active) == 1:
-                status = self._step(request, min(SLICE_NS, max(1, int(timeout_s * 1e9))))
-            else:
-                status = self._drive_and_sleep(request)
-            if request.done:
-                return
-            if deadline is None:
-                deadline = time.monotonic() + timeout_s
-            elif time.monotonic() > deadline:
-                raise core.timed_out(request.describe(), timeout_s)
+        deadline = time.monotonic() + timeout_s
+        remaining_s = timeout_s
+        while request.is_under_way():
+            slice_ns = min(SLICE_NS, max(1, int(remaining_s * 1e9)))
+            alone = len(self._active) == 1
+            status = self._step(request, slice_ns) if alone else self._drive_and_sleep(request, slice_ns)
             if status in (wait.SLICE, wait.ABORTED):
-                core.finish(wait.SLICE, lambda _slice_ns: OK, request.describe, timeout_s)
+                # Is the session alive? Has the peer left?
+                self.core.finish(wait.SLICE, lambda _: self._look(request), request.describe, timeout_s)
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0 and request.is_under_way():
+                raise self.core.timed_out(request.describe(), timeout_s)
 
-    def _drive_and_sleep(self, request: Request) -> int:
+    def _look(self, request: Request) -> int:
+        """Drive all requests once; PENDING if this one is still under way."""
+        self.drive()
+        return PENDING if request.is_under_way() else OK
+
+    def _drive_and_sleep(self, request: Request, slice_ns: int) -> int:
         """Several requests: drive them in turn, then sleep until the doorbell rings for any of them."""
         for _ in range(_ROUNDS_BEFORE_SLEEP):
-            self.drive()
-            if request.done:
+            if self._look(request) == OK:
                 return OK
             os.sched_yield()
         control = self.core.control
         wait.arm(control)
         try:
-            self.drive()
-            return OK if request.done else int(wait.sleep(control, SLICE_NS))
+            return OK if self._look(request) == OK else int(wait.sleep(control, slice_ns))
         finally:
             wait.disarm(control)
 
@@ -265,8 +271,8 @@ class PointToPoint:
                 rank=rank, peer=peer,
             )  # fmt: skip
         return UsageError(
-            f"event {event_id}: rank {rank} {does} {request.buffer.nbytes} bytes on {request.lanes} lanes, but rank {peer} "
-            f"{did} {n_bytes} bytes on {lanes} lanes; both must be the same",
+            f"event {event_id}: rank {rank} {does} {request.buffer.nbytes} bytes on {request.lanes} lanes, but "
+            f"rank {peer} {did} {n_bytes} bytes on {lanes} lanes; both must be the same",
             event_id=event_id, rank=rank, peer=peer, value=request.buffer.nbytes, bound=n_bytes,
         )  # fmt: skip
 

@@ -71,7 +71,9 @@ class SymmetricAllocator:
 
 
 class SymmetricArray:
-    """An array of the same shape and dtype at the same offset in every rank's app data area. Made by `Communicator.empty`.
+    """An array of the same shape and dtype at the same offset in every rank's app data area.
+
+    Made by `Communicator.empty`.
 
     Attributes:
         shape: shape of each rank's copy.

@@ -1,7 +1,7 @@
 """The interface to global memory: what every fabric offers to the operations above it.
 
-A fabric is one rank's view of the segments of all ranks. On the fabrics here each segment is mapped, so peers' memory is
-plain addresses; a fabric without load/store access to peers would raise FabricError from `base` and `view`.
+A fabric is one rank's view of the segments of all ranks. On the fabrics here each segment is mapped, so peers' memory
+is plain addresses; a fabric without load/store access to peers would raise FabricError from `base` and `view`.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ class Fabric(ABC):
 def wait_policy(ranks: int, cores: int) -> tuple[int, int]:
     """Pauses and yields before a waiting rank sleeps, by ranks per core.
 
-    With a core for each rank a short spin catches most messages. With more ranks than cores a spin only keeps the peer off
-    the core; a few yields hand it over, and with very many ranks even those are mostly wasted.
+    With a core for each rank a short spin catches most messages. With more ranks than cores a spin only keeps the peer
+    off the core; a few yields hand it over, and with very many ranks even those are mostly wasted.
     """
     if ranks <= cores:
         return 200, 50

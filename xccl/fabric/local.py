@@ -1,7 +1,7 @@
 """Fabric `local`: ranks are threads of one process, and segments are anonymous memory.
 
-The address space of a segment is reserved without backing (MAP_NORESERVE): pages appear when they are first touched, so a
-world of hundreds of ranks costs what it uses.
+The address space of a segment is reserved without backing (MAP_NORESERVE): pages appear when they are first touched, so
+a world of hundreds of ranks costs what it uses.
 """
 
 from __future__ import annotations

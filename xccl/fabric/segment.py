@@ -1,8 +1,8 @@
 """A POSIX shared-memory segment: create, validate, attach, commit, unlink.
 
-Life of a name. The owner creates it exclusively with mode 0600 under an unguessable name, holds a shared lock (flock) on it for
-as long as it lives, and unlinks it as soon as all peers have attached. A name whose lock can be taken exclusively has lost its
-owner (see runtime.cleanup).
+Life of a name. The owner creates it exclusively with mode 0600 under an unguessable name, holds a shared lock (flock)
+on it for as long as it lives, and unlinks it as soon as all peers have attached. A name whose lock can be taken
+exclusively has lost its owner (see runtime.cleanup).
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class Segment:
         """Attach the segment of another rank, after checking that it is what this rank expects.
 
         Raises:
-            SegmentError: `reason` is "absent" (no such name), "not_ready" (still being made), "wrong_magic", "wrong_version",
+            SegmentError: `reason` is "absent" (no such name), "not_ready" (still being made), "wrong_magic",
+                "wrong_version",
                 "wrong_size" (the owner has another geometry) or "wrong_session".
         """
         name = segment_name(session_id, rank)

@@ -1,10 +1,11 @@
 """Fabric `shm`: ranks are processes, and segments are POSIX shared memory.
 
-Joining. Each rank creates its own segment, attaches those of all peers as they appear, and waits until all peers have attached
-its own; then it unlinks its name. From then on nothing of the session has a name, so nothing can be left behind.
+Joining. Each rank creates its own segment, attaches those of all peers as they appear, and waits until all peers have
+attached its own; then it unlinks its name. From then on nothing of the session has a name, so nothing can be left
+behind.
 
-Liveness. Each peer's process is watched through a pidfd, which becomes readable when the process ends, reaped or not. A peer
-that ends without having left the session has died.
+Liveness. Each peer's process is watched through a pidfd, which becomes readable when the process ends, reaped or not. A
+peer that ends without having left the session has died.
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ class ShmFabric(Fabric):
         ended = {fd for fd, _ in self._poll.poll(0)}
         for peer, pidfd in self._pidfds.items():
             if pidfd in ended:
-                raise PeerDied(f"rank {peer} died while the session was starting", rank=self.rank, peer=peer, reason="died")
+                raise PeerDied(
+                    f"rank {peer} died while the session was starting", rank=self.rank, peer=peer, reason="died"
+                )
 
     def view(self, rank: int, offset: int, n_bytes: int) -> npt.NDArray[np.uint8]:
         """Bytes of a rank's segment."""

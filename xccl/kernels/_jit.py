@@ -1,8 +1,9 @@
 """How kernels are declared, compiled once, and cached.
 
-`@kernel("int64(int64, int64)")` declares an entry point that Python calls; `@device` declares a function that only other
-kernels call (the terms are CUDA's). Nothing is compiled at import: `warm()` compiles every declared kernel, or loads it
-from the disk cache, and is called once by the parent before ranks start, so that ranks forked from it start warm.
+`@kernel("int64(int64, int64)")` declares an entry point that Python calls; `@device` declares a function that only
+other kernels call (the terms are CUDA's). Nothing is compiled at import: `warm()` compiles every declared kernel, or
+loads it from the disk cache, and is called once by the parent before ranks start, so that ranks forked from it start
+warm.
 
 The cache directory's name carries a digest of *all* kernel sources: numba keys its cache on the kernel's own file
 only, and would miss a change of a helper in another one. Two processes that warm at the same time take turns under

@@ -1,8 +1,8 @@
 """Memory as kernels see it: plain and atomic access by integer address, fences, and pauses.
 
 Kernels take addresses, not arrays: an address costs a tenth of an array argument at the call boundary, and peers'
-segments are addresses anyway. Orderings follow the C11 names. A plain `while a[i] != v` loop is compiled to one load and
-an endless jump, so whatever another rank may write is read through `load_acquire` here.
+segments are addresses anyway. Orderings follow the C11 names. A plain `while a[i] != v` loop is compiled to one load
+and an endless jump, so whatever another rank may write is read through `load_acquire` here.
 """
 
 from __future__ import annotations

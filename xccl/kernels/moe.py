@@ -1,6 +1,7 @@
 """Dispatch and combine by the pull protocol (XDS section 3.2). The protocol and its proof are in `xccl.comm.moe`.
 
-Each kernel is one stage, and waits for nothing; the waits in between are `wait.wait_all` on the fields in the own segment.
+Each kernel is one stage, and waits for nothing; the waits in between are `wait.wait_all` on the fields in the own
+segment.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def _announce(state: int, fields: int, peer: int, event: int, first_row: int, co
 
 @kernel("void(int64, int64, int64)")
 def dispatch_announce(state: int, routing: int, fields: int) -> None:
-    """Step 4: tell each destination where its block is. Peers are told in turn from the next rank on, to spread the load."""
+    """Step 4: tell each destination where its block is. The next rank comes first, to spread the load."""
     ranks = load_i64(state + EP_RANKS)
     local_experts = _local_experts(state)
     sent_first = load_i64(routing + RT_SENT_FIRST)
@@ -264,14 +265,15 @@ def release(state: int, fields: int, epoch: int) -> None:
     ranks = load_i64(state + EP_RANKS)
     for i in range(1, ranks + 1):
         peer = (load_i64(state + EP_RANK) + i) % ranks
-        # SYNC POINT expert-pulled: released after the reads; the peer's `wait_all` on `pulled` acquires it before it writes.
+        # SYNC POINT expert-pulled: released after the reads; the peer's `wait_all` on `pulled` acquires it before it
+        # writes.
         store_release(_field_at(state, fields, peer) + EXF_PULLED, epoch)
         ring(_segment(state, peer) + CONTROL_OFFSET)
 
 
 @kernel("void(int64, int64, int64)")
 def combine_write(state: int, routing: int, expert_out: int) -> None:
-    """Combine, steps 1 to 3: expert outputs into the own managed area, in one block for each origin, in the origin's order."""
+    """Combine, steps 1 to 3: expert outputs into the own managed area, a block for each origin, in its order."""
     own = _segment(state, load_i64(state + EP_RANK))
     local_experts = _local_experts(state)
     row_bytes = load_i64(state + EP_RETURN_BYTES)
@@ -343,7 +345,9 @@ def combine_reduce(state: int, routing: int, fields: int, weights: int, y: int) 
             store_i64(addresses + 8 * n, _segment(state, peer) + load_i64(state + EP_RETURNS) + row * row_bytes)
             store_f32(gates + 4 * n, load_f32(weights + 4 * i))
             n += 1
-        weighted_sum_rows(load_i64(state + EP_DTYPE), addresses, gates, n, load_i64(state + EP_HIDDEN), y + t * row_bytes)
+        weighted_sum_rows(
+            load_i64(state + EP_DTYPE), addresses, gates, n, load_i64(state + EP_HIDDEN), y + t * row_bytes
+        )
 
 
 @kernel("int64(int64)")

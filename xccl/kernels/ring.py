@@ -4,23 +4,24 @@ Rules
 - A channel is an ordered pair of ranks. Its ring lies in the receiver's managed area. Positions are chunk numbers that
   only grow; chunk c lies in slot c mod slots. Only the sender writes slots and data fields, only the receiver writes
   acknowledgement fields.
-- A message of b bytes over L lanes is cut into chunks, at least MIN_CHUNK_BYTES and at most a slot; chunk i belongs to lane
-  i mod L, whose fields announce and acknowledge it. A message of 0 bytes is one empty chunk.
+- A message of b bytes over L lanes is cut into chunks, at least MIN_CHUNK_BYTES and at most a slot; chunk i belongs to
+  lane i mod L, whose fields announce and acknowledge it. A message of 0 bytes is one empty chunk.
 - The sender may write chunk c once position c - slots is acknowledged: that is the back-pressure.
 - Messages of a channel go in the order in which they were posted, on both sides (tickets).
 - The receiver checks event ID, size and lanes when the first chunk arrives. If they differ it refuses the message.
 
 Theory of operation. Slots carry a copy of the header, so the sender may write the next message before the last one is
-acknowledged: a data field is overwritten then, but the receiver takes nothing from it but the position. Since one thread writes
-all chunks in order, a tail beyond c in *any* lane's field means that chunk c is in its slot.
+acknowledged: a data field is overwritten then, but the receiver takes nothing from it but the position. Since one
+thread writes all chunks in order, a tail beyond c in *any* lane's field means that chunk c is in its slot.
 
-A refusal is a counter with the receiver's event ID beside it. The sender that sees a new one fails every message that starts at or
-after the refused position and is still under way, and writes the new count into all later slots. The receiver drops chunks that
-carry an older count: they were sent before the sender knew. So both sides report the mismatch, nothing blocks, and the
-channel is usable afterwards. At most one refusal is under way, since the receiver refuses only chunks with the current count.
+A refusal is a counter with the receiver's event ID beside it. The sender that sees a new one fails every message that
+starts at or after the refused position and is still under way, and writes the new count into all later slots. The
+receiver drops chunks that carry an older count: they were sent before the sender knew. So both sides report the
+mismatch, nothing blocks, and the channel is usable afterwards. At most one refusal is under way, since the receiver
+refuses only chunks with the current count.
 
-Both kernels are state machines: all progress is in the channel and the operation, so a call that returns SLICE or PENDING is
-simply made again.
+Both kernels are state machines: all progress is in the channel and the operation, so a call that returns SLICE or
+PENDING is simply made again.
 """
 
 from __future__ import annotations
@@ -164,8 +165,8 @@ def _write_chunk(channel: int, op: int) -> None:
 def send(channel: int, op: int, slice_ns: int) -> int:
     """Steps 1 to 4 and 8: write chunks while slots are free, then wait for the acknowledgement of the last one.
 
-    Returns OK, SLICE, ABORTED, PENDING (nothing to do now, or not this operation's turn), or MISMATCH: the receiver has refused
-    a message, and the caller decides which operations that concerns.
+    Returns OK, SLICE, ABORTED, PENDING (nothing to do now, or not this operation's turn), or MISMATCH: the receiver has
+    refused a message, and the caller decides which operations that concerns.
     """
     control = load_i64(channel + CH_OWN_CONTROL)
     acks = load_i64(channel + CH_ACK_FIELDS)
@@ -272,7 +273,8 @@ def _read_chunk(channel: int, op: int, slot: int) -> None:
 def receive(channel: int, op: int, slice_ns: int) -> int:
     """Steps 5 to 7: wait for each chunk, check the first one's header, copy, acknowledge.
 
-    Returns OK, SLICE, ABORTED, PENDING (nothing to do now, or not this operation's turn), or MISMATCH: this message was refused.
+    Returns OK, SLICE, ABORTED, PENDING (nothing to do now, or not this operation's turn), or MISMATCH: this message was
+    refused.
     """
     control = load_i64(channel + CH_OWN_CONTROL)
     if load_i64(channel + CH_TURN) != load_i64(op + OP_TICKET):

@@ -20,10 +20,10 @@ No wake-up is lost (Dekker's argument; SYNC POINT doorbell): the waiter raises `
 writer stores the word, then reads `waiters`; both with a full fence in between. Either the waiter sees the word, or the
 writer sees the waiter and raises the doorbell, and then FUTEX_WAIT with the old `seq` returns at once.
 
-A wait is cut into slices: after `slice_ns` of sleep, a signal, or many wake-ups for something else, `relax` gives up with
-SLICE, and Python looks at deadlines, signals and the liveness of peers before it calls again. An abort of the session
-ends the wait with ABORTED. A rank that is killed while it is counted as a waiter leaves the count raised, which costs its peers
-a needless system call and nothing else.
+A wait is cut into slices: after `slice_ns` of sleep, a signal, or many wake-ups for something else, `relax` gives up
+with SLICE, and Python looks at deadlines, signals and the liveness of peers before it calls again. An abort of the
+session ends the wait with ABORTED. A rank that is killed while it is counted as a waiter leaves the count raised, which
+costs its peers a needless system call and nothing else.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def ring(control: int) -> None:
 
 @device
 def relax(control: int, n: int, seq: int, slice_ns: int) -> int:
-    """Wait a little; see the theory of operation. The next `n`, or SLICE, ABORTED, or PENDING at once if `slice_ns` is 0."""
+    """Wait a little (see above). The next `n`, or SLICE, ABORTED, or PENDING at once if `slice_ns` is 0."""
     if slice_ns == 0:
         return PENDING
     pauses = load_i64(control + CTL_PAUSES)
@@ -172,7 +172,7 @@ def sleep(control: int, slice_ns: int) -> int:
 
 @kernel("void(int64)")
 def arm(control: int) -> None:
-    """Count the rank as a waiter and note the doorbell; then check every condition once more, then `sleep`, then `disarm`."""
+    """Count the rank as a waiter and note the doorbell; then check all conditions again, `sleep`, and `disarm`."""
     fetch_add(control + CTL_WAITERS, 1)
     store_i64(control + CTL_ARMED_SEQ, load_acquire(control + CTL_DOORBELL))
     fence_seq_cst()

@@ -1,4 +1,4 @@
-"""Layouts of dispatch and combine by the pull protocol (XDS section 3.2), and the private state of an ExpertParallel object.
+"""Layouts of dispatch and combine by the pull protocol (XDS section 3.2), and the private state of its objects.
 
 Own managed area of one ExpertParallel object, the same offsets at every rank:
 
@@ -11,11 +11,12 @@ Own managed area of one ExpertParallel object, the same offsets at every rank:
     +--------------------------+ dispatch_rows
     | rows                     |  [max_tokens * top_k][row bytes], by expert, then token, then slot
     +--------------------------+ combine_rows
-    | returned rows            |  [ranks * max_tokens * top_k][hidden * item size], by origin, then as the origin sent them
-    +--------------------------+
+    | returned rows            |  [ranks * max_tokens * top_k][hidden * item size], by origin, then as the origin sent
+    them +--------------------------+
 
 The experts of a rank are neighbours, so the block for a destination is a run of rows, and `first_row` in the field says
-where it starts: blocks are packed instead of having a fixed place for the worst case, which takes 1/ranks of the memory.
+where it starts: blocks are packed instead of having a fixed place for the worst case, which takes 1/ranks of the
+memory.
 """
 
 from __future__ import annotations
@@ -30,8 +31,12 @@ EXPERT_FIELD = Record(
 )
 EXF_EVENT = EXPERT_FIELD.add("event", 8, "epoch of the announced operation, published last (SYNC POINT expert-field)")
 EXF_FIRST_ROW = EXPERT_FIELD.add("first_row", 8, "where the block for this rank starts in the peer's managed area")
-EXF_COUNT = EXPERT_FIELD.add("count", 8, "rows in it (40 bits), and the epoch of the dispatch that they belong to (24 bits)")
-EXF_PULLED = EXPERT_FIELD.add("pulled", 8, "epoch up to which the peer has pulled from this rank (SYNC POINT expert-pulled)")
+EXF_COUNT = EXPERT_FIELD.add(
+    "count", 8, "rows in it (40 bits), and the epoch of the dispatch that they belong to (24 bits)"
+)
+EXF_PULLED = EXPERT_FIELD.add(
+    "pulled", 8, "epoch up to which the peer has pulled from this rank (SYNC POINT expert-pulled)"
+)
 EXPERT_FIELD_BYTES = EXPERT_FIELD.size_bytes
 COUNT_BITS = 40
 
@@ -61,7 +66,7 @@ EP_SCRATCH = STATE.add("scratch", 8, "address of int64 [max(experts, 2 * top_k)]
 
 ROUTING = Record(
     "routing",
-    "Private to a rank: what a dispatch handle keeps, so that combine finds every row again. Addresses of int64 arrays.",
+    "Private to a rank: what a dispatch handle keeps, for combine to find every row again. Addresses of int64 arrays.",
 )
 RT_EPOCH = ROUTING.add("epoch", 8, "of the dispatch")
 RT_TOKENS = ROUTING.add("tokens", 8, "tokens that this rank dispatched")
@@ -92,8 +97,9 @@ def expert_blocks(
     """
     rows = max_tokens * top_k
     at = 0
-    offsets = []
+    offsets: list[int] = []
     for part_bytes in (4 * experts, 8 * rows, 4 * rows, rows * row_bytes, ranks * rows * return_bytes):
         offsets.append(at)
         at = align_up(at + part_bytes, HOT_LINE_BYTES)
-    return ExpertBlocks(*offsets, total_bytes=at)
+    counts, places, scales, first_row, returns = offsets
+    return ExpertBlocks(counts, places, scales, first_row, returns, total_bytes=at)

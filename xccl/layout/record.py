@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Distance in bytes between hot words with different writers: two cache lines, since adjacent lines are prefetched in pairs.
+#: Distance in bytes between hot words with different writers: two cache lines, since adjacent lines are prefetched in
+#: pairs.
 HOT_LINE_BYTES = 128
 
 

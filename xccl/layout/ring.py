@@ -19,18 +19,20 @@ DATA_MESSAGE_BYTES = DATA_FIELD.add("message_bytes", 8, "size of the whole messa
 
 ACK_FIELD = Record(
     "acknowledgement field",
-    "One for each peer and lane, in the sender's metadata area, written by the receiver. The words of a refusal are those of lane 0.",
+    "One for each peer and lane, in the sender's metadata area, written by the receiver. Refusals use lane 0.",
 )
 ACK_EVENT_ID = ACK_FIELD.add("event_id", 8, "refusal: the event ID that the receiver expected")
 ACK_CHUNK_ID = ACK_FIELD.add("chunk_id", 8, "refusal: ring position at which the refused message starts")
 ACK_HEAD = ACK_FIELD.add("head", 8, "ring position up to which slots are free again (SYNC POINT ring-ack)")
 ACK_REFUSAL = ACK_FIELD.add(
-    "refusal", 8, "refusals so far (8 bits), lanes (8) and bytes (48) that the receiver expected (SYNC POINT ring-refusal)"
+    "refusal",
+    8,
+    "refusals so far (8 bits), lanes (8) and bytes (48) that the receiver expected (SYNC POINT ring-refusal)",
 )
 
 SLOT = Record(
     "ring slot",
-    "The ring of a pair lies in the receiver's managed data area. Each slot describes itself, so that many messages may be under way.",
+    "The ring of a pair lies in the receiver's managed data area. Slots describe themselves: many messages fit.",
 )
 SLOT_EVENT_ID = SLOT.add("event_id", 8, "the caller's number for the operation")
 SLOT_FIRST = SLOT.add("first", 8, "ring position of the first chunk of the message")

@@ -37,7 +37,9 @@ HDR_SESSION = HEADER.add("session_id", 16, "128 random bits shared by the ranks 
 HDR_RANK = HEADER.add("rank", 8, "the owner's rank")
 HDR_RANKS = HEADER.add("ranks", 8, "number of ranks in the session")
 HDR_OWNER_PID = HEADER.add("owner_pid", 8, "process id of the owner")
-HDR_OWNER_START = HEADER.add("owner_start_ticks", 8, "start time of the owner, so that a reused pid is not taken for it")
+HDR_OWNER_START = HEADER.add(
+    "owner_start_ticks", 8, "start time of the owner, so that a reused pid is not taken for it"
+)
 HDR_TOTAL_BYTES = HEADER.add("total_bytes", 8, "size of the segment")
 HDR_APP_OFFSET = HEADER.add("app_offset", 8, "start of the app data area")
 HDR_APP_BYTES = HEADER.add("app_bytes", 8, "size of the app data area")
@@ -52,19 +54,25 @@ HEADER.pad_to(PAGE_BYTES)
 
 CONTROL = Record(
     "control area",
-    "Words by which ranks wait and end. A rank sleeps on its own doorbell only; whoever writes a word that the rank may "
+    "Words by which ranks wait and end. A rank sleeps on its own doorbell only; whoever writes a word that it may "
     "wait for rings it. Words with different writers are two cache lines apart.",
 )
 CTL_DOORBELL = CONTROL.add("doorbell", 8, "raised by peers while the rank sleeps; the futex is its low half")
-CTL_WAITERS = CONTROL.add("waiters", 8, "number of threads of this rank that sleep or are about to", align=HOT_LINE_BYTES)
+CTL_WAITERS = CONTROL.add(
+    "waiters", 8, "number of threads of this rank that sleep or are about to", align=HOT_LINE_BYTES
+)
 CTL_ABORT = CONTROL.add("abort", 8, "0, or why the session ended: kind << 32 | rank", align=HOT_LINE_BYTES)
-CTL_BARRIER_ARRIVALS = CONTROL.add("barrier_arrivals", 8, "arrivals of all ranks, counted at rank 0", align=HOT_LINE_BYTES)
+CTL_BARRIER_ARRIVALS = CONTROL.add(
+    "barrier_arrivals", 8, "arrivals of all ranks, counted at rank 0", align=HOT_LINE_BYTES
+)
 CTL_BARRIER_RELEASE = CONTROL.add("barrier_release", 8, "epoch of the last complete barrier", align=HOT_LINE_BYTES)
 CTL_ATTACHED = CONTROL.add("attached", 8, "number of peers that have attached this segment", align=HOT_LINE_BYTES)
 CTL_STATE = CONTROL.add("state", 8, "0 running, 1 left after its work was done, 2 failed", align=HOT_LINE_BYTES)
 CTL_PAUSES = CONTROL.add("pauses", 8, "wait policy: spins with a pause before it yields", align=HOT_LINE_BYTES)
 CTL_YIELDS = CONTROL.add("yields", 8, "wait policy: yields before it sleeps")
-CTL_ARMED_SEQ = CONTROL.add("armed_seq", 8, "the doorbell's value when the rank last armed itself for several conditions")
+CTL_ARMED_SEQ = CONTROL.add(
+    "armed_seq", 8, "the doorbell's value when the rank last armed itself for several conditions"
+)
 CTL_LAST_WORDS = CONTROL.add("last_words", 512, "UTF-8 text, by the owner: why it failed", align=HOT_LINE_BYTES)
 LAST_WORDS_BYTES = 512
 CONTROL.pad_to(HOT_LINE_BYTES)
@@ -80,7 +88,7 @@ ABORT_INTERRUPT = 3
 
 AGREEMENT = Record(
     "agreement record",
-    "What one rank passes to a collective call, so that every rank can compare the arguments of all. Two a peer, used in "
+    "What one rank passes to a collective call, for every rank to compare the arguments of all. Two a peer, used in "
     "turn: a rank is at most one agreement ahead of any other.",
 )
 AGREE_EPOCH = AGREEMENT.add("epoch", 8, "number of the agreement, published last (SYNC POINT agreement)")

@@ -1,0 +1,1 @@
+"""Descriptions that touch no memory: which token goes to which expert."""

@@ -54,7 +54,7 @@ def remove_stale() -> list[StaleSegment]:
     removed = []
     for segment in find_stale():
         with contextlib.suppress(OSError):
-            os.unlink(Path(SHM_DIR) / segment.name)
+            (Path(SHM_DIR) / segment.name).unlink()
             removed.append(segment)
     return removed
 
@@ -63,7 +63,7 @@ def remove_session(session_id: bytes, ranks: int) -> None:
     """Unlink whatever names of a session are left. Only for its launcher, after all its ranks have ended."""
     for rank in range(ranks):
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(SHM_DIR + segment_name(session_id, rank))
+            Path(SHM_DIR + segment_name(session_id, rank)).unlink()
 
 
 def _inspect(path: Path) -> StaleSegment:

@@ -49,8 +49,8 @@ def init(
         slot_bytes: as for `launch`.
 
     Returns:
-        The communicator. Use it as a context manager, or `close()` it when the work is done; an unhandled exception ends the session
-        for all ranks.
+        The communicator. Use it as a context manager, or `close()` it when the work is done; an unhandled exception
+        ends the session for all ranks.
 
     Raises:
         UsageError: rank, size or session is missing or out of range.
@@ -61,7 +61,9 @@ def init(
     rank = _number(rank, "rank", _RANK_VARIABLES, 0, size - 1)
     session = session if session is not None else os.environ.get("XCCL_SESSION")
     if not session:
-        raise UsageError("init needs a session: set XCCL_SESSION to a secret string that all ranks share", value=session)
+        raise UsageError(
+            "init needs a session: set XCCL_SESSION to a secret string that all ranks share", value=session
+        )
     session_id = hashlib.sha256(f"xccl session {session}".encode()).digest()[:16]
     geometry = make_geometry(size, app_bytes, heap_bytes, ring_slots, slot_bytes)
     op_timeout_s, join_timeout_s = require_timeout(op_timeout_s), require_timeout(join_timeout_s)

@@ -38,15 +38,16 @@ def launch(
     """Run `main(comm, *args, **kwargs)` on every rank of a new session, and return the results by rank.
 
     Args:
-        main: the function of a rank. On fabric "shm" with start_method "fork" it may be any callable; with "spawn" it must be
-            picklable. Results and exceptions come back pickled.
+        main: the function of a rank. On fabric "shm" with start_method "fork" it may be any callable; with "spawn" it
+            must be picklable. Results and exceptions come back pickled.
         ranks: number of ranks, 1 to 1024.
         args: further positional arguments.
         kwargs: further keyword arguments.
         fabric: "shm" (a process a rank) or "local" (a thread a rank).
         timeout_s: deadline of the whole run, in seconds.
         op_timeout_s: default deadline of each wait in a rank, in seconds.
-        start_method: "fork" (fast, ranks start with compiled kernels) or "spawn" (for parents that must not be forked); fabric "shm" only.
+        start_method: "fork" (fast, ranks start with compiled kernels) or "spawn" (for parents that must not be forked);
+            fabric "shm" only.
         app_bytes: address space of the app data area of each rank; memory is taken by what is allocated.
         heap_bytes: address space for expert parallelism in each rank's managed area.
         ring_slots: slots in the ring of each pair that talks.
@@ -63,8 +64,8 @@ def launch(
         KeyboardInterrupt: Ctrl-C, here or in a rank.
         Exception: a rank's exception, with that rank's traceback as its cause.
 
-    However it ends, all ranks have ended and nothing is left in /dev/shm. (Threads that compute can't be stopped: on fabric "local" they are
-    left behind, and end at their next operation.)
+    However it ends, all ranks have ended and nothing is left in /dev/shm. (Threads that compute can't be stopped: on
+    fabric "local" they are left behind, and end at their next operation.)
     """
     if not callable(main):
         raise UsageError(f"main must be callable, got {type(main).__name__}", value=type(main).__name__)

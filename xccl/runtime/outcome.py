@@ -50,7 +50,7 @@ class Outcome:
         try:
             data = pickle.dumps(self)
             pickle.loads(data)  # an exception class may pickle and yet not come back
-        except Exception as problem:
+        except Exception as problem:  # noqa: BLE001 - pickling runs foreign code
             if self.kind == "error":
                 error: XcclError = XcclError(f"{type(self.value).__name__}: {self.value}")
                 return pickle.dumps(Outcome("error", error, self.trace))
@@ -62,8 +62,8 @@ class Outcome:
 def raise_failure(outcomes: dict[int, Outcome]) -> None:
     """Raise the failure that explains the others, if any rank failed.
 
-    A rank's own exception explains more than a death, and a death more than PeerDied and SessionAborted, which are its consequences
-    in other ranks. `outcomes` is in the order in which ranks ended.
+    A rank's own exception explains more than a death, and a death more than PeerDied and SessionAborted, which are its
+    consequences in other ranks. `outcomes` is in the order in which ranks ended.
     """
     failures = {rank: outcome for rank, outcome in outcomes.items() if outcome.kind != "result"}
     if not failures:

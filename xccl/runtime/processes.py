@@ -207,7 +207,7 @@ def _rank_main(
         comm = Communicator(fabric, op_timeout_s=op_timeout_s, report=report)
         data = Outcome("result", main(comm, *args, **kwargs)).to_bytes()
         comm.close()
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - whatever ends a rank is reported
         if comm is not None:
             comm.core.fail(error)
             comm.close(failed=True)

@@ -43,7 +43,7 @@ def run_threads(
             comm = Communicator(fabrics[rank], op_timeout_s=op_timeout_s, report=report)
             outcome = Outcome("result", main(comm, *args, **kwargs))
             comm.close()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - whatever ends a rank is reported
             outcome = Outcome.of_error(error)
             if isinstance(error, SystemExit):
                 world.mark_dead(rank, str(outcome.value))
