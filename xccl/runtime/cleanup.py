@@ -14,7 +14,7 @@ import numpy as np
 from ..fabric.segment import NAME_PREFIX, SHM_DIR, segment_name, start_ticks
 from ..layout import segment as layout
 
-#: A younger segment without a ready flag or lock may be one that is just being made.
+#: A younger segment without a ready flag may be one that is just being made.
 _GRACE_S = 5.0
 
 
@@ -74,10 +74,13 @@ def _inspect(path: Path) -> StaleSegment:
         header[: len(data) // 8] = np.frombuffer(data[: len(data) // 8 * 8], np.int64)
         pid = int(header[layout.HDR_OWNER_PID // 8])
         ticks = int(header[layout.HDR_OWNER_START // 8])
-        if pid:
-            alive = start_ticks(pid) == ticks and not _is_zombie(pid)
+        young = time.time() - stat.st_mtime < _GRACE_S
+        if header[layout.HDR_READY // 8]:
+            owned = start_ticks(pid) == ticks and not _is_zombie(pid)
         else:
-            alive = _is_locked(file.fileno()) or time.time() - stat.st_mtime < _GRACE_S
+            owned = young  # being made right now, or its owner was killed while it made it
+        # The lock outlives what a pid can tell: it works across pid namespaces.
+        alive = owned or _is_locked(file.fileno())
     return StaleSegment(path.name, stat.st_blocks * 512, pid, alive)
 
 
