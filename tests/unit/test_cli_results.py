@@ -128,12 +128,11 @@ def test_plain_text_is_aligned(moe_rows: list[Row], capsys: pytest.CaptureFixtur
     lines = capsys.readouterr().out.splitlines()
     comments = [line for line in lines if line.startswith("#")]
     rows = [line for line in lines if not line.startswith("#")]
-    assert "emulated" in comments[0]
-    assert "measured on this machine" in comments[0]
-    titles = squeezed(comments[2][1:])
-    assert titles == "op ranks tokens bytes type p50 p99 max algbw busbw tokens/s imbal wrong"
+    assert "measured on this machine" in comments[1]
+    titles = squeezed(comments[3][1:])
+    assert titles == "op ranks tokens bytes dtype p50 p99 max algbw busbw tokens/s imbal wrong"
     assert squeezed(rows[1]) == "combine 2 10 4000 bf16 200.0 200.0 200.0 0.02 0.01 100000 1.50 2"
-    assert len({len(line) for line in [*comments[2:3], *rows]}) == 1
+    assert len({len(line) for line in [*comments[3:4], *rows]}) == 1
     assert comments[-1] == (
         "# tokens 10: dispatch 100.0 us, combine 200.0 us, round trip 300.0 us, 66667 tokens/s, load imbalance 1.50"
     )
@@ -158,12 +157,15 @@ def test_quiet_screen_and_no_bar(put_row: Row, capsys: pytest.CaptureFixture[str
 def test_rich_table(moe_rows: list[Row]) -> None:
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=140, record=True)
-    console.print(report.rich_table(moe_rows, report.columns_of(moe=True), "emulated", "hidden 7168"))
-    text = console.export_text()
-    assert "dispatch" in text
-    assert "busbw" in text
-    assert "GB/s" in text
+    for width, framed, complete in ((140, True, True), (100, False, True), (68, False, False)):
+        console = Console(file=io.StringIO(), width=width, record=True)
+        console.print(report.rich_table(moe_rows, report.columns_of(moe=True), console))
+        text = console.export_text()
+        assert ("╭" in text) is framed
+        assert ("tokens/s" in text) is complete
+        for word in ("dispatch", "busbw", "GB/s", "100.0", "wrong"):
+            assert word in text
+        assert "…" not in text
 
 
 # --- data -------------------------------------------------------------------------------------------------------

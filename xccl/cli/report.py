@@ -14,19 +14,21 @@ from xccl.cli.options import BenchOptions
 from xccl.cli.results import Row
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console
+    from rich.table import Table
 
 SCHEMA: Final = 1
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the printed tables."""
+    """A column of the printed tables; a narrow terminal goes without the optional ones, which stand elsewhere too."""
 
     title: str
     unit: str
     text: Callable[[Row], str]
     width: int
+    optional: bool = False
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -39,12 +41,12 @@ def _bandwidth(row: Row, value: float) -> str:
 
 _NAMES: Final = (
     Column("op", "", lambda row: row.op, 10),
-    Column("ranks", "", lambda row: str(row.ranks), 5),
+    Column("ranks", "", lambda row: str(row.ranks), 5, optional=True),
 )
 _MOE: Final = (Column("tokens", "", lambda row: str(row.tokens), 6),)
 _FIGURES: Final = (
     Column("bytes", "", lambda row: str(row.bytes), 10),
-    Column("type", "", lambda row: row.dtype or "-", 4),
+    Column("dtype", "", lambda row: row.dtype or "-", 5, optional=True),
     Column("p50", "us", lambda row: _number(row.time_us.p50, 1), 9),
     Column("p99", "us", lambda row: _number(row.time_us.p99, 1), 9),
     Column("max", "us", lambda row: _number(row.time_us.max, 1), 9),
@@ -52,8 +54,8 @@ _FIGURES: Final = (
     Column("busbw", "GB/s", lambda row: _bandwidth(row, row.busbw_gbps), 8),
 )
 _MOE_FIGURES: Final = (
-    Column("tokens/s", "", lambda row: _number(row.tokens_per_s, 0), 9),
-    Column("imbal", "max/mean", lambda row: _number(row.load_imbalance, 2), 10),
+    Column("tokens/s", "", lambda row: _number(row.tokens_per_s, 0), 9, optional=True),
+    Column("imbal", "max/mean", lambda row: _number(row.load_imbalance, 2), 10, optional=True),
 )
 _WRONG: Final = Column("wrong", "", lambda row: "-" if row.wrong is None else str(row.wrong), 6)
 
@@ -63,22 +65,20 @@ def columns_of(*, moe: bool) -> tuple[Column, ...]:
     return (*_NAMES, *_MOE, *_FIGURES, *_MOE_FIGURES, _WRONG) if moe else (*_NAMES, *_FIGURES, _WRONG)
 
 
-def headline(options: BenchOptions, version: str) -> str:
-    """One line that says what ran, and that its times are emulated."""
+def headlines(options: BenchOptions, version: str, *, moe: bool) -> list[str]:
+    """Lines that say what ran, and that its times are emulated."""
     kind = "processes" if options.fabric == "shm" else "threads"
-    timing = "back to back" if options.back_to_back else "slowest rank of each iteration"
-    return (
-        f"xccl {version} bench {options.op}: {options.ranks} ranks as {kind} on {usable_cores()} cores; "
-        f"emulated times, measured on this machine ({timing})"
+    timing = "mean of a loop without barriers" if options.back_to_back else "slowest rank of each iteration"
+    shape = (
+        f"hidden {options.hidden}, {options.experts} experts, top-{options.topk}, {options.dtype}, "
+        f"quant {options.quant}, {options.protocol}, routing {options.routing}"
     )
-
-
-def moe_line(options: BenchOptions) -> str:
-    """One line that says the shape of a MoE benchmark."""
-    return (
-        f"hidden {options.hidden}, {options.experts} experts, top-{options.topk}, quant {options.quant}, "
-        f"protocol {options.protocol}, routing {options.routing}"
-    )
+    ranks, cores = _counted(options.ranks, "rank"), _counted(usable_cores(), "core")
+    return [
+        f"xccl {version} bench {options.op}: {ranks} as {kind} on {cores}",
+        f"emulated times, measured on this machine: {timing}",
+        *([shape] if moe else []),
+    ]
 
 
 def summaries(rows: Sequence[Row]) -> list[str]:
@@ -95,6 +95,10 @@ def summaries(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("s" if count != 1 else "")
+
+
 def plain_header(columns: Sequence[Column]) -> list[str]:
     """Two comment lines, titles and units, aligned with `plain_row`."""
     titles = "  ".join(column.title.rjust(column.width) for column in columns)
@@ -109,14 +113,20 @@ def plain_row(row: Row, columns: Sequence[Column]) -> str:
     return "  ".join(column.text(row).rjust(column.width) for column in columns)
 
 
-def rich_table(rows: Sequence[Row], columns: Sequence[Column], title: str, caption: str) -> RenderableType:
-    """The rows for a terminal."""
+def rich_table(rows: Sequence[Row], columns: Sequence[Column], console: Console) -> Table:
+    """The rows for a terminal: framed, or without the frame, or without optional columns, whatever fits into it."""
+    for framed in (True, False):
+        table = _table(rows, columns, framed=framed)
+        if console.measure(table, options=console.options.update(width=1000)).maximum <= console.width:
+            return table
+    return _table(rows, [column for column in columns if not column.optional], framed=False)
+
+
+def _table(rows: Sequence[Row], columns: Sequence[Column], *, framed: bool) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(
-        title=title, caption=caption, box=box.ROUNDED, title_justify="left", caption_justify="left", pad_edge=True
-    )
+    table = Table(box=box.ROUNDED if framed else box.SIMPLE_HEAD, padding=(0, 1) if framed else 0)
     for column in columns:
         header = f"{column.title}\n[dim]{column.unit}[/dim]" if column.unit else column.title
         style = {"op": "bold", "p50": "bold cyan"}.get(column.title)

@@ -37,13 +37,13 @@ class Plain:
 
     def __init__(self, options: BenchOptions, version: str, *, moe: bool) -> None:
         self._columns = report.columns_of(moe=moe)
-        comments = [report.headline(options, version), *([report.moe_line(options)] if moe else [])]
-        for line in [*(f"# {comment}" for comment in comments), *report.plain_header(self._columns)]:
-            print(line, flush=True)
+        comments = report.headlines(options, version, moe=moe)
+        self._header = [*(f"# {comment}" for comment in comments), *report.plain_header(self._columns)]
 
     def row(self, row: Row) -> None:
-        """Print it."""
-        print(report.plain_row(row, self._columns), flush=True)
+        """Print it; before the first one the header, which a run that fails at once should not print."""
+        print(*self._header, report.plain_row(row, self._columns), sep="\n", flush=True)
+        self._header = []
 
     def finish(self, rows: Sequence[Row]) -> None:
         """Print the summaries."""
@@ -56,8 +56,7 @@ class Terminal:
 
     def __init__(self, options: BenchOptions, version: str, *, moe: bool) -> None:
         self._columns = report.columns_of(moe=moe)
-        self._title = report.headline(options, version)
-        self._caption = report.moe_line(options) if moe else ""
+        self._headlines = report.headlines(options, version, moe=moe)
 
     def row(self, row: Row) -> None:
         """Nothing yet: widths depend on all rows."""
@@ -67,9 +66,10 @@ class Terminal:
         from rich.console import Console
 
         console = Console()
-        console.print(report.rich_table(rows, self._columns, self._title, self._caption))
+        console.print(*self._headlines, sep="\n", markup=False, highlight=False, soft_wrap=True)
+        console.print(report.rich_table(rows, self._columns, console))
         for line in report.summaries(rows):
-            console.print(line, highlight=False)
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 def make_screen(options: BenchOptions, version: str, *, moe: bool, quiet: bool) -> Screen:

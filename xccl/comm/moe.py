@@ -36,7 +36,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +45,7 @@ from ..errors import CapacityError, EventMismatch, FabricError, UsageError, Xccl
 from ..kernels import moe as kernels
 from ..layout import moe as layout
 from ..layout.dtypes import BF16, CODE_OF, FP16, FP32, NAME_OF
-from ..layout.moe import EXPERT_FIELD_BYTES, ROUTING, STATE, expert_blocks
+from ..layout.moe import EXPERT_FIELD_BYTES, ROUTING, SOURCE_DTYPE, STATE, expert_blocks
 from ..layout.record import align_up
 from .buffers import BufferPool, address_of, readable, require_int
 from .core import Core
@@ -53,9 +53,6 @@ from .symmetric import SymmetricAllocator
 
 #: Rows of the managed area are committed in units of this.
 _COMMIT_BYTES = 2 << 20
-
-#: One row of `Dispatched.source`.
-SOURCE_DTYPE: Final = np.dtype([("rank", np.int32), ("token", np.int32), ("slot", np.int32)])
 
 
 class Routing:

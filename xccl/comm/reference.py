@@ -22,13 +22,11 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from xccl.errors import UsageError
+from ..errors import UsageError
+from ..layout.moe import SOURCE_DTYPE
 
 Array = npt.NDArray[Any]
 Quant = Literal["int8", "none"]
-
-#: Where a dispatched row comes from.
-SOURCE_DTYPE: Final = np.dtype([("rank", np.int32), ("token", np.int32), ("slot", np.int32)])
 
 _QUANT_MAX: Final = np.float32(127)
 #: The smallest normal float32. A smaller scale would have an infinite or inexact reciprocal.

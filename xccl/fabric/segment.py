@@ -64,7 +64,14 @@ class Segment:
         self.name = name
         self._fd = fd
         self._owned = owned
-        self._map = mmap.mmap(fd, size_bytes)
+        try:
+            self._map = mmap.mmap(fd, size_bytes)
+        except OSError as error:
+            raise CapacityError(
+                f"cannot map segment {name} of {size_bytes} bytes ({error}): too little address space (ulimit -v); "
+                f"lower app_bytes or heap_bytes",
+                needed_bytes=size_bytes,
+            ) from error
         self.base: int = np.frombuffer(self._map, np.uint8, 1).ctypes.data
 
     @classmethod

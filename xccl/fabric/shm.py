@@ -18,9 +18,19 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import PeerDied, SegmentError, WaitTimeout
+from ..errors import PeerDied, SegmentError, SessionAborted, WaitTimeout
 from ..kernels import words
-from ..layout.segment import CONTROL_OFFSET, CTL_ATTACHED, STATE_LEFT, Geometry
+from ..layout.segment import (
+    ABORT_DIED,
+    ABORT_EXCEPTION,
+    ABORT_INTERRUPT,
+    CONTROL_OFFSET,
+    CTL_ABORT,
+    CTL_ATTACHED,
+    CTL_STATE,
+    STATE_LEFT,
+    Geometry,
+)
 from .base import Fabric, wait_policy
 from .segment import Segment, start_ticks
 
@@ -58,7 +68,8 @@ class ShmFabric(Fabric):
             self._mapped(bases, *wait_policy(geometry.ranks, len(os.sched_getaffinity(0))))
             self._await_attached(deadline, join_timeout_s)
             own.unlink()
-        except BaseException:
+        except BaseException as error:
+            self._say_that_joining_failed(error)
             self.close()
             raise
 
@@ -76,7 +87,7 @@ class ShmFabric(Fabric):
                         f"rank {self.rank} waited {timeout_s} s for the segment of rank {peer}: {error}",
                         operation="join", rank=self.rank, peer=peer, timeout_s=timeout_s,
                     ) from error  # fmt: skip
-                self._raise_if_peer_died()
+                self._raise_if_over()
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.01)
         self._watch(peer, segment)
@@ -106,16 +117,44 @@ class ShmFabric(Fabric):
                     f"rank {self.rank} waited {timeout_s} s: {attached} of {self.ranks - 1} peers have joined",
                     operation="join", rank=self.rank, expected=self.ranks - 1, seen=attached, timeout_s=timeout_s,
                 )  # fmt: skip
-            self._raise_if_peer_died()
+            self._raise_if_over()
             time.sleep(0.0005)
 
-    def _raise_if_peer_died(self) -> None:
+    def _raise_if_over(self) -> None:
+        """Raise if the session has ended while this rank was still joining it."""
+        own = self._segments[self.rank].base + CONTROL_OFFSET
+        word = int(words.load(own + CTL_ABORT))
+        if word:
+            kind, peer = word >> 32, word & 0xFFFFFFFF
+            said = self.last_words(peer) if peer in self._segments else ""
+            if kind != ABORT_DIED:
+                said = said or "failed"
+                raise SessionAborted(
+                    f"rank {self.rank}: session aborted, since rank {peer} {said}; during join",
+                    rank=self.rank, peer=peer, reason=said,
+                )  # fmt: skip
+            raise self._died_early(peer)
         ended = {fd for fd, _ in self._poll.poll(0)}
         for peer, pidfd in self._pidfds.items():
-            if pidfd in ended:
-                raise PeerDied(
-                    f"rank {peer} died while the session was starting", rank=self.rank, peer=peer, reason="died"
-                )
+            # A rank whose work needs no others may have done it, and left, before the last one has joined.
+            if pidfd in ended and words.load(self._segments[peer].base + CONTROL_OFFSET + CTL_STATE) != STATE_LEFT:
+                raise self._died_early(peer)
+
+    def _died_early(self, peer: int) -> PeerDied:
+        return PeerDied(f"rank {peer} died while the session was starting", rank=self.rank, peer=peer, reason="died")
+
+    def _say_that_joining_failed(self, error: BaseException) -> None:
+        """Tell the ranks that this one could attach: they must not wait for it."""
+        if self.rank not in self._segments or isinstance(error, SessionAborted):
+            return
+        self.controls = np.array([segment.base + CONTROL_OFFSET for segment in self._segments.values()], np.int64)
+        if isinstance(error, PeerDied):
+            assert error.peer is not None
+            self.abort(ABORT_DIED, error.peer)
+        elif isinstance(error, KeyboardInterrupt):
+            self.abort(ABORT_INTERRUPT, self.rank, "was interrupted")
+        else:
+            self.abort(ABORT_EXCEPTION, self.rank, f"could not join ({type(error).__name__}: {error})")
 
     def view(self, rank: int, offset: int, n_bytes: int) -> npt.NDArray[np.uint8]:
         """Bytes of a rank's segment."""

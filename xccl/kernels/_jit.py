@@ -17,7 +17,10 @@ import fcntl
 import hashlib
 import os
 import platform
+import signal
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,8 @@ import numba
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 
 _KERNELS: list[Kernel] = []
+#: Threads of the local fabric may make the first call of a kernel at the same time.
+_WARMING = threading.RLock()
 
 
 def _source_digest() -> str:
@@ -96,9 +101,16 @@ class Kernel:
         self.compile()
         return self.call(*args)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Is `call` the bare entry point?"""
+        return bool(self.dispatcher.overloads)
+
     def compile(self) -> None:
         """Compile, or load from the cache, and bind `call`."""
-        if self.call == self._first_call:
+        with _WARMING:
+            if self.is_compiled:
+                return
             self.dispatcher.compile(self.signature)
             (overload,) = self.dispatcher.overloads.values()
             self.call = overload.entry_point
@@ -122,11 +134,43 @@ def device(function: Callable[..., Any]) -> Any:
 
 
 def warm() -> None:
-    """Compile or load every declared kernel, once per process; across processes one at a time."""
-    pending = [k for k in _KERNELS if k.call == k._first_call]
-    if not pending:
+    """Compile or load every declared kernel, once per process; across processes one at a time.
+
+    Ctrl-C takes effect between two kernels: inside of LLVM's callbacks a KeyboardInterrupt could be swallowed.
+    """
+    with _WARMING:
+        pending = [k for k in _KERNELS if not k.is_compiled]
+        if not pending:
+            return
+        with open(_CACHE_DIR / "lock", "w") as lock, _interrupts_held() as raise_if_interrupted:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    raise_if_interrupted()
+                    time.sleep(0.01)
+            for item in pending:
+                item.compile()
+                raise_if_interrupted()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[Callable[[], None]]:
+    """Note SIGINT instead of raising; the function that is given raises what was noted."""
+    noted: list[int] = []
+
+    def raise_if_interrupted() -> None:
+        if noted:
+            raise KeyboardInterrupt
+
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield raise_if_interrupted  # signals do not come here, or are somebody else's business
         return
-    with open(_CACHE_DIR / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for item in pending:
-            item.compile()
+    signal.signal(signal.SIGINT, lambda signum, _frame: noted.append(signum))
+    try:
+        yield raise_if_interrupted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    raise_if_interrupted()

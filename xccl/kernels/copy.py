@@ -31,8 +31,8 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from xccl.kernels._jit import device, kernel
-from xccl.kernels.atomics import fence_nontemporal
+from ._jit import device, kernel
+from .atomics import fence_nontemporal
 
 #: From here on `copy_bytes_auto` writes past the caches. Below, the consumer on another core gains more from finding
 #: the block in the caches than the producer does from not fetching lines that it overwrites; the two are level at

@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from xccl.layout.dtypes import BF16, FP16, FP32
+from ..layout.dtypes import BF16, FP16, FP32
 
 #: The one NaN of each type, as bits.
 NAN_BITS: Final = {BF16: 0x7FC0, FP16: 0x7E00, FP32: 0x7FC00000}

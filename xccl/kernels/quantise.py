@@ -26,10 +26,11 @@ from numba import carray
 from numba.core import types
 from numba.extending import intrinsic
 
-from xccl.kernels._jit import device, kernel
-from xccl.kernels.atomics import as_pointer
-from xccl.kernels.copy import fill_zero
-from xccl.kernels.elements import (
+from ..layout.dtypes import BF16, FP16, FP32
+from ._jit import device, kernel
+from .atomics import as_pointer
+from .copy import fill_zero
+from .elements import (
     NAN_BITS,
     bf16_from_f32,
     bf16_to_f32,
@@ -38,7 +39,6 @@ from xccl.kernels.elements import (
     fp16_from_f32,
     fp16_to_f32,
 )
-from xccl.layout.dtypes import BF16, FP16, FP32
 
 _ZERO, _ONE, _LARGEST_Q = np.float32(0), np.float32(1), np.float32(127)
 _SMALLEST_SCALE = np.float32(2.0**-126)

@@ -24,9 +24,9 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from xccl.kernels._jit import device, kernel
-from xccl.kernels.elements import narrow, storage_type, widen
-from xccl.layout.dtypes import BF16, FP16, FP32
+from ..layout.dtypes import BF16, FP16, FP32
+from ._jit import device, kernel
+from .elements import narrow, storage_type, widen
 
 _I64, _F32 = ir.IntType(64), ir.FloatType()
 #: Columns that one pass over the rows sums: four AVX-512 registers, or eight of AVX2 (32 and 128 are slower on both).

@@ -22,6 +22,9 @@ memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
 
 from .record import HOT_LINE_BYTES, Record, align_up
 
@@ -63,6 +66,9 @@ EP_DISPATCHES = STATE.add("dispatches", 8, "epoch of the last dispatch")
 EP_COMBINES = STATE.add("combines", 8, "epoch of the last combine")
 EP_CURSOR = STATE.add("cursor", 8, "index of the first peer that a wait has not seen")
 EP_SCRATCH = STATE.add("scratch", 8, "address of int64 [max(experts, 2 * top_k)]")
+
+#: One row of `Dispatched.source`: the token's rank, its number there, and the slot that chose the expert.
+SOURCE_DTYPE: Final = np.dtype([("rank", np.int32), ("token", np.int32), ("slot", np.int32)])
 
 ROUTING = Record(
     "routing",

@@ -17,7 +17,7 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
-from xccl.errors import UsageError
+from ..errors import UsageError
 
 Array = npt.NDArray[Any]
 

@@ -22,6 +22,14 @@ from .launch import make_geometry
 _RANK_VARIABLES = ("XCCL_RANK", "RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 _SIZE_VARIABLES = ("XCCL_SIZE", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
 
+#: Communicators of this process that may still be open. They are closed when it ends.
+_OPEN: list[Communicator] = []
+#: Holds one item once this process was told to do so.
+_HOOKED: list[bool] = []
+
+# The end of a forked child says nothing about this process.
+os.register_at_fork(after_in_child=_OPEN.clear)
+
 
 def init(
     rank: int | None = None,
@@ -92,12 +100,22 @@ def _number(value: int | None, name: str, variables: tuple[str, ...], low: int, 
 
 def _end_with_process(comm: Communicator) -> None:
     """Tell the other ranks how this process ends, if it does so without close()."""
-    previous = sys.excepthook
+    if not _HOOKED:
+        _HOOKED.append(True)
+        previous = sys.excepthook
 
-    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        comm.core.fail(error)
-        comm.close(failed=True)
-        previous(kind, error, trace)
+        def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+            for open_one in _OPEN:
+                open_one.core.fail(error)
+                open_one.close(failed=True)
+            previous(kind, error, trace)
 
-    sys.excepthook = excepthook
-    atexit.register(comm.close)
+        sys.excepthook = excepthook
+        atexit.register(_close_all)
+    # Closed ones are let go, with their memory: a process may join many sessions, one after the other.
+    _OPEN[:] = [*(other for other in _OPEN if not other.core.closed), comm]
+
+
+def _close_all() -> None:
+    for comm in _OPEN:
+        comm.close()
