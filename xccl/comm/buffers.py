@@ -32,6 +32,8 @@ def require_array(value: Any, name: str) -> npt.NDArray[Any]:
     """
     if not isinstance(value, np.ndarray):
         raise UsageError(f"{name} must be a NumPy array, got {type(value).__name__}", value=type(value).__name__)
+    if value.dtype.hasobject:
+        raise UsageError(f"{name} holds Python objects ({value.dtype}), which mean nothing to another rank", value=name)
     return value
 
 
@@ -67,7 +69,7 @@ def require_int(value: Any, name: str, low: int, high: int) -> int:
     """
     if type(value) is not int:
         if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-            raise UsageError(f"{name} must be an integer, got {value!r}", value=value)
+            raise UsageError(f"{name} must be an integer, got {value!r}", value=repr(value))
         value = int(value)
     if not low <= value <= high:
         raise UsageError(f"{name} is {value}, allowed are {low} to {high}", value=value, bound=(low, high))

@@ -13,7 +13,6 @@ import numpy.typing as npt
 from ..errors import UsageError
 from ..fabric import Fabric
 from ..kernels import onesided
-from ..kernels.wait import OK
 from ..layout.segment import EXPERT_METADATA_BYTES
 from .buffers import address_of, readable, require_int, writable
 from .core import Core, Waiting, require_timeout
@@ -80,12 +79,17 @@ class Communicator:
             CapacityError: the app data area or the memory is exhausted.
         """
         self.core.require_open()
-        dims = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
+        try:
+            dims = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
+            element: np.dtype[Any] = np.dtype(dtype)
+        except TypeError as error:
+            raise UsageError(
+                f"empty() needs a shape and a dtype, got {shape!r} and {dtype!r}", value=repr(shape)
+            ) from error
         if len(dims) > 10:
             raise UsageError(f"a symmetric array has at most 10 dimensions, got {len(dims)}", value=len(dims), bound=10)
         dims = tuple(require_int(n, f"shape[{i}]", 0, 1 << 48) for i, n in enumerate(dims))
-        element: np.dtype[Any] = np.dtype(dtype)
-        if element.hasobject or element.itemsize == 0:
+        if element.hasobject or element.itemsize == 0 or element.subdtype is not None:
             raise UsageError(f"dtype {element} cannot live in shared memory", value=str(element))
         if math.prod(dims) * element.itemsize > 1 << 52:
             raise UsageError(f"shape {dims} of {element} is too large", value=dims, bound=1 << 52)
@@ -112,8 +116,7 @@ class Communicator:
         """
         source = readable(source, "source")
         address = self._remote(target, source, peer, offset, "source")
-        if peer == self.rank and np.may_share_memory(source, target.local):
-            source = source.copy()
+        source = _apart(source, address)
         onesided.copy.call(address, address_of(source), source.nbytes)
 
     def get(self, destination: npt.NDArray[Any], source: SymmetricArray, peer: int, offset: int = 0) -> None:
@@ -130,11 +133,12 @@ class Communicator:
         """
         destination = writable(destination, "destination")
         address = self._remote(source, destination, peer, offset, "destination")
-        if peer == self.rank and np.may_share_memory(destination, source.local):
-            flat = source.local.reshape(-1)[offset : offset + destination.size]
-            destination[...] = flat.copy().reshape(destination.shape)
-            return
-        onesided.copy.call(address_of(destination), address, destination.nbytes)
+        if _overlaps(destination, address):
+            middle = np.empty_like(destination)
+            onesided.copy.call(address_of(middle), address, middle.nbytes)
+            destination[...] = middle
+        else:
+            onesided.copy.call(address_of(destination), address, destination.nbytes)
 
     def _remote(self, target: SymmetricArray, array: npt.NDArray[Any], peer: int, offset: int, name: str) -> int:
         """Address of element `offset` at `peer`, after all checks."""
@@ -164,6 +168,7 @@ class Communicator:
             raise UsageError(
                 f"signals must come from comm.signals(), got {type(signals).__name__}", value=type(signals).__name__
             )
+        signals.require_alive()
         index = require_int(index, "index", 0, signals.count - 1)
         peer = require_int(peer, "peer", 0, self.size - 1)
         return signals.addresses[peer] + index * Signals.STRIDE_BYTES, int(self.core.fabric.controls[peer])
@@ -199,8 +204,7 @@ class Communicator:
         word, control = self._signal_word(signals, index, peer)
         value = require_int(value, "value", *_INT64)
         add = _require_op(op)
-        if peer == self.rank and np.may_share_memory(source, target.local):
-            source = source.copy()
+        source = _apart(source, destination)
         onesided.put_signal.call(destination, address_of(source), source.nbytes, word, value, add, control)
 
     def signal(self, signals: Signals, index: int, value: int, peer: int, op: str = "set") -> None:
@@ -240,7 +244,7 @@ class Communicator:
             PeerDied, SessionAborted: the session is over.
         """
         word, control = self._signal_word(signals, index, self.rank)
-        code = _COMPARISONS.get(comparison)
+        code = _COMPARISONS.get(str(comparison))
         if code is None:
             raise UsageError(
                 f"comparison must be one of {', '.join(_COMPARISONS)}, got {comparison!r}", value=comparison
@@ -249,15 +253,12 @@ class Communicator:
         timeout_s = self.core.op_timeout_s if timeout_s is None else require_timeout(timeout_s)
         call, seen = onesided.wait_until.call, self._seen
 
-        def step(slice_ns: int) -> int:
-            return int(call(control, word, code, value, seen, slice_ns))
-
-        status = step(self.core.slice_ns(timeout_s))
-        if status != OK:
-            what = f"wait_until signal {index} {comparison} {value}"
-            self.core.finish(
-                status, step, lambda: Waiting(what, expected=value, seen=int(self._scratch[1])), timeout_s
-            )  # fmt: skip
+        what = f"wait_until signal {index} {comparison} {value}"
+        self.core.run(
+            lambda until_ns: int(call(control, word, code, value, seen, until_ns)),
+            lambda: Waiting(what, expected=value, seen=int(self._scratch[1])),
+            timeout_s,
+        )
         return int(self._scratch[1])
 
     def fence(self) -> None:
@@ -283,16 +284,13 @@ class Communicator:
         timeout_s = core.op_timeout_s if timeout_s is None else require_timeout(timeout_s)
         self._barriers = epoch = self._barriers + 1
         call, args = onesided.barrier.call, (core.control, core.controls_address, self.size, epoch, self._arrived)
-        status = call(*args, core.slice_ns(timeout_s))
-        if status != OK:
-            try:
-                core.finish(
-                    status, lambda slice_ns: int(call(*args, slice_ns)),
-                    lambda: Waiting("barrier", epoch, everyone=True), timeout_s,
-                )  # fmt: skip
-            except BaseException:
-                self._barriers = epoch - 1
-                raise
+        try:
+            core.run(
+                lambda until_ns: int(call(*args, until_ns)), lambda: Waiting("barrier", epoch, everyone=True), timeout_s
+            )  # fmt: skip
+        except BaseException:
+            self._barriers = epoch - 1
+            raise
 
     # -- send and receive -------------------------------------------------------------------------------------------
 
@@ -345,12 +343,18 @@ class Communicator:
 
         Args:
             failed: the work is not done; the other ranks were told why.
+
+        Raises:
+            UsageError: requests are under way: what they carry would be lost. Wait for them first.
         """
-        if not self.core.closed:
-            self.core.closed = True
-            if not failed:
-                self.core.fabric.leave()
-            self.core.fabric.close()
+        if self.core.closed or self.core.is_forked:
+            return
+        if not failed:
+            self._p2p.require_idle()
+        self.core.closed = True
+        if not failed:
+            self.core.fabric.leave()
+        self.core.fabric.close()
 
     def __enter__(self) -> Self:
         return self
@@ -363,12 +367,23 @@ class Communicator:
         self.close(failed=error is not None)
 
 
+def _overlaps(array: npt.NDArray[Any], address: int) -> bool:
+    """Does a region of the array's size at `address` share bytes with the array, a view of symmetric memory?"""
+    start = address_of(array)
+    return start < address + array.nbytes and address < start + array.nbytes
+
+
+def _apart(source: npt.NDArray[Any], address: int) -> npt.NDArray[Any]:
+    """The array, or a copy of it if it overlaps the region at `address` that it is to be copied to."""
+    return source.copy() if _overlaps(source, address) else source
+
+
 def _checked(timeout_s: float | None) -> float | None:
     return None if timeout_s is None else require_timeout(timeout_s)
 
 
 def _require_op(op: str) -> int:
-    add = _SIGNAL_OPS.get(op)
+    add = _SIGNAL_OPS.get(str(op))
     if add is None:
         raise UsageError(f"op must be set or add, got {op!r}", value=op)
     return add

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,10 +26,12 @@ from ..layout.segment import (
     STATE_LEFT,
 )
 
-#: A kernel sleeps at most this long before Python looks at signals, deadlines and the liveness of peers.
+#: A kernel waits at most this long before Python looks at signals, deadlines and the liveness of peers.
 SLICE_NS = 50_000_000
 #: While requests are under way a wait comes back this often to drive them on.
 _PROGRESS_SLICE_NS = 200_000
+#: The longest deadline, about 31 years.
+_MAX_TIMEOUT_S = 1e9
 
 #: Collective calls by name; the number identifies the call in an agreement.
 _CALLS = ("empty", "signals", "free", "ExpertParallel", "close")
@@ -84,6 +86,7 @@ class Core:
         self.controls_address: int = fabric.controls.ctypes.data
         self.op_timeout_s = require_timeout(op_timeout_s)
         self.closed = False
+        self._pid = os.getpid()
         #: Why no operation is possible any more although the session is not closed.
         self.broken: str | None = None
         #: Drives requests that are under way; None while there are none.
@@ -102,29 +105,41 @@ class Core:
         if self.broken is not None:
             raise FabricError(f"rank {self.rank}: the session is unusable: {self.broken}", rank=self.rank)
 
+    @property
+    def is_forked(self) -> bool:
+        """Is this a child that the rank has forked? It speaks for nobody."""
+        return os.getpid() != self._pid
+
     def fail(self, error: BaseException) -> None:
         """Tell all ranks that this one has failed, unless the session is over; they end with SessionAborted."""
-        if self.closed or self.fabric.abort_word() is not None:
+        if self.closed or self.is_forked or self.fabric.abort_word() is not None:
             return
         interrupted = isinstance(error, KeyboardInterrupt)
         said = "was interrupted" if interrupted else f"raised {type(error).__name__}: {error}"
         words.store(self.control + CTL_STATE, STATE_FAILED)
         self.fabric.abort(ABORT_INTERRUPT if interrupted else ABORT_EXCEPTION, self.rank, said)
 
-    def slice_ns(self, timeout_s: float) -> int:
-        """How long a kernel may sleep before it returns to Python."""
-        if self.progress is not None:
-            return _PROGRESS_SLICE_NS
-        return min(SLICE_NS, max(1, int(timeout_s * 1e9)))
+    def until_ns(self, deadline_ns: int) -> int:
+        """When a kernel is to return to Python, with `deadline_ns` as the end of the whole wait."""
+        slice_ns = SLICE_NS if self.progress is None else _PROGRESS_SLICE_NS
+        return min(deadline_ns, time.monotonic_ns() + slice_ns)
 
-    def finish(self, status: int, step: Callable[[int], int], describe: Callable[[], Waiting], timeout_s: float) -> int:
+    def finish(
+        self,
+        status: int,
+        step: Callable[[int], int],
+        describe: Callable[[], Waiting],
+        timeout_s: float,
+        deadline_ns: int,
+    ) -> int:
         """Go on with a wait whose first slice ended with `status`, until it succeeds or cannot.
 
         Args:
             status: what the kernel returned.
-            step: makes the same call again, with the slice in ns.
+            step: makes the same call again, given the time at which it is to return, or 0 for at once.
             describe: says what is waited for.
-            timeout_s: the deadline, from now.
+            timeout_s: the deadline as the caller gave it, for the message.
+            deadline_ns: the deadline, by `time.monotonic_ns`.
 
         Returns:
             The first status that is neither SLICE nor ABORTED.
@@ -134,28 +149,31 @@ class Core:
             PeerDied: a rank has died, or the one waited for has left.
             SessionAborted: another rank failed first.
         """
-        deadline = time.monotonic() + timeout_s
         while status in (wait.SLICE, wait.ABORTED):
             self.check_session(describe)
-            if self._has_left(describe()):
+            waiting = describe()
+            if self.has_left(waiting):
                 # It may have done its part before it left: look once more, without waiting.
                 status = step(0)
                 if status == wait.PENDING:
-                    self._raise_left(describe())
+                    now_waiting = describe()
+                    if now_waiting.peer == waiting.peer:
+                        self.raise_left(now_waiting)
+                    status = wait.SLICE  # that peer had done its part; it is another one now
                 continue
             if self.progress is not None:
                 self.progress()
-            remaining_s = deadline - time.monotonic()
-            if remaining_s <= 0:
-                raise self.timed_out(describe(), timeout_s)
-            status = step(self.slice_ns(remaining_s))
+            if time.monotonic_ns() >= deadline_ns:
+                raise self.timed_out(waiting, timeout_s)
+            status = step(self.until_ns(deadline_ns))
         return status
 
     def run(self, step: Callable[[int], int], describe: Callable[[], Waiting], timeout_s: float | None = None) -> int:
         """A wait from its start; see `finish`."""
         timeout_s = self.op_timeout_s if timeout_s is None else timeout_s
-        status = step(self.slice_ns(timeout_s))
-        return status if status == OK else self.finish(status, step, describe, timeout_s)
+        deadline_ns = time.monotonic_ns() + int(timeout_s * 1e9)
+        status = step(self.until_ns(deadline_ns))
+        return status if status == OK else self.finish(status, step, describe, timeout_s, deadline_ns)
 
     def timed_out(self, waiting: Waiting, timeout_s: float) -> WaitTimeout:
         """The error for a wait that reached its deadline."""
@@ -183,13 +201,15 @@ class Core:
             rank=self.rank, peer=culprit, reason=said,
         )  # fmt: skip
 
-    def _has_left(self, waiting: Waiting) -> bool:
+    def has_left(self, waiting: Waiting) -> bool:
+        """Has the rank that is waited for left the session?"""
         if waiting.peer is not None:
             return waiting.peer != self.rank and self.fabric.state(waiting.peer) == STATE_LEFT
         others = [self.fabric.state(r) == STATE_LEFT for r in range(self.size) if r != self.rank]
         return bool(others) and (any(others) if waiting.everyone else all(others))
 
-    def _raise_left(self, waiting: Waiting) -> NoReturn:
+    def raise_left(self, waiting: Waiting) -> NoReturn:
+        """Raise PeerDied for a rank that has left."""
         left = [r for r in range(self.size) if r != self.rank and self.fabric.state(r) == STATE_LEFT]
         peer = waiting.peer if waiting.peer is not None else left[0]
         reason = "has finished and left the session"
@@ -250,10 +270,10 @@ class Core:
         """Wait until the word of every rank, `stride_bytes` apart in the own segment, is at least `target`."""
         self._cursor[0] = 0
 
-        def step(slice_ns: int) -> int:
+        def step(until_ns: int) -> int:
             return int(
                 wait.wait_all.call(
-                    self.control, address, stride_bytes, self.size, target, self._cursor_address, slice_ns
+                    self.control, address, stride_bytes, self.size, target, self._cursor_address, until_ns
                 )
             )
 
@@ -284,10 +304,12 @@ def require_timeout(timeout_s: float) -> float:
     Raises:
         UsageError: it is not. No call may wait for ever.
     """
-    try:
-        value = float(timeout_s)
-    except (TypeError, ValueError):
-        raise UsageError(f"a timeout must be a number of seconds, got {timeout_s!r}", value=timeout_s) from None
-    if not (value > 0 and math.isfinite(value)):
-        raise UsageError(f"a timeout must be positive and finite, got {timeout_s!r} s", value=timeout_s)
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float, np.integer, np.floating)):
+        raise UsageError(f"a timeout must be a number of seconds, got {timeout_s!r}", value=repr(timeout_s))
+    value = float(timeout_s)
+    if not (0 < value <= _MAX_TIMEOUT_S):
+        raise UsageError(
+            f"a timeout must be more than 0 and at most {_MAX_TIMEOUT_S:g} s, got {timeout_s!r}",
+            value=value, bound=_MAX_TIMEOUT_S,
+        )  # fmt: skip
     return value

@@ -167,30 +167,30 @@ class ExpertParallel:
             ranks=ranks, experts=self.num_experts, max_tokens=self.max_tokens, top_k=self.top_k,
             row_bytes=self._row_bytes, return_bytes=self._return_bytes,
         )  # fmt: skip
-        allocators: tuple[SymmetricAllocator, SymmetricAllocator] = (comm.metadata_allocator, comm.heap_allocator)
+        self._allocators: tuple[SymmetricAllocator, SymmetricAllocator] = (comm.metadata_allocator, comm.heap_allocator)
         sizes = (2 * ranks * EXPERT_FIELD_BYTES, blocks.total_bytes)
         offsets: list[int] = []
         failure: XcclError | None = None
+        arguments = {
+            "num_experts": self.num_experts,
+            "hidden": self.hidden,
+            "top_k": self.top_k,
+            "max_tokens": self.max_tokens,
+            "dtype": code,
+            "quant": int(self._is_int8),
+        }
         try:
-            for allocator, size in zip(allocators, sizes, strict=True):
-                offsets.append(allocator.alloc(size))
-            core.fabric.commit(core.rank, offsets[0], sizes[0])
-            core.fabric.view(core.rank, offsets[0], sizes[0])[:] = 0
-            core.fabric.commit(core.rank, offsets[1], blocks.rows)
-        except CapacityError as error:
-            failure = error
-        try:
-            core.agree(
-                "ExpertParallel",
-                {
-                    "num_experts": self.num_experts, "hidden": self.hidden, "top_k": self.top_k,
-                    "max_tokens": self.max_tokens, "dtype": code, "quant": int(self._is_int8),
-                },
-                failure,
-            )  # fmt: skip
+            try:
+                for allocator, size in zip(self._allocators, sizes, strict=True):
+                    offsets.append(allocator.alloc(size))
+                core.fabric.commit(core.rank, offsets[0], sizes[0])
+                core.fabric.view(core.rank, offsets[0], sizes[0])[:] = 0
+                core.fabric.commit(core.rank, offsets[1], blocks.rows)
+            except CapacityError as error:
+                failure = error
+            core.agree("ExpertParallel", arguments, failure)
         except BaseException:
-            for allocator, offset in zip(allocators, offsets, strict=False):
-                allocator.free(offset)
+            self._free(offsets)
             raise
         fields, heap = offsets
         self._offsets = offsets
@@ -198,7 +198,9 @@ class ExpertParallel:
         self._combine_fields = fields + ranks * EXPERT_FIELD_BYTES
         self._rows = heap + blocks.rows
         self._returns = heap + blocks.returns
+        #: By part: bytes that are backed by memory, and bytes that there are.
         self._committed = {self._rows: 0, self._returns: 0}
+        self._part_bytes = {self._rows: self._returns - self._rows, self._returns: blocks.total_bytes - blocks.returns}
         self._scratch = np.zeros(max(self.num_experts, 2 * self.top_k), np.int64)
         self._state = np.zeros(STATE.size_bytes // 8, np.int64)
         self._address: int = self._state.ctypes.data
@@ -239,8 +241,8 @@ class ExpertParallel:
             The rows for this rank's experts. Its arrays are the caller's, for as long as it keeps them.
 
         Raises:
-            UsageError: a dtype, shape or expert is wrong. Nothing was sent.
-            CapacityError: more tokens than max_tokens, or no memory. Nothing was sent.
+            UsageError: a dtype, shape or expert is wrong. Nothing was sent; the other ranks wait for this one.
+            CapacityError: more tokens than max_tokens, or no memory. Nothing was sent; the others wait.
             WaitTimeout, PeerDied, SessionAborted: see `xccl.errors`.
         """
         self._require_usable()
@@ -349,12 +351,28 @@ class ExpertParallel:
         if different == 0:
             return
         peer = -1 - different
-        field = self._own_segment + fields + peer * EXPERT_FIELD_BYTES + layout.EXF_COUNT
-        theirs = kernels.epoch_of.call(field)
+        count_address = self._own_segment + fields + peer * EXPERT_FIELD_BYTES + layout.EXF_COUNT
+        theirs = int(kernels.epoch_of.call(count_address))
         raise EventMismatch(
-            f"rank {self._core.rank} combines dispatch {routing.epoch}, but rank {peer} combines dispatch {theirs}",
+            f"rank {self._core.rank} combines dispatch {routing.epoch}, but rank {peer} combines "
+            f"{'another one' if theirs == routing.epoch else f'dispatch {theirs}'}",
             operation="combine", event_id=routing.epoch, peer_event_id=theirs, rank=self._core.rank, peer=peer,
         )  # fmt: skip
+
+    def free(self) -> None:
+        """Give the managed area back; results that are held stay valid. Collective: returns when all have called it.
+
+        Raises:
+            UsageError: it was freed before, or ranks free different objects.
+        """
+        self._require_usable()
+        self._core.agree("free", {"offset": self._offsets[0]})
+        self._free(self._offsets)
+        self._broken = "it was freed"
+
+    def _free(self, offsets: list[int]) -> None:
+        for allocator, offset in zip(self._allocators, offsets, strict=False):
+            allocator.free(offset)
 
     # -- shared -----------------------------------------------------------------------------------------------------
 
@@ -369,7 +387,7 @@ class ExpertParallel:
         """Back the first `n_bytes` of a part of the own managed area."""
         committed = self._committed[area]
         if n_bytes > committed:
-            target = align_up(n_bytes, _COMMIT_BYTES)
+            target = min(align_up(n_bytes, _COMMIT_BYTES), self._part_bytes[area])
             self._core.fabric.commit(self._core.rank, area + committed, target - committed)
             self._committed[area] = target
 
@@ -405,6 +423,11 @@ class ExpertParallel:
                 value=idx.shape,
                 bound=(tokens, self.top_k),
             )
+        if idx.dtype == np.uint64 and idx.size and idx.max() >= self.num_experts:  # would wrap to negative numbers
+            raise UsageError(
+                f"topk_idx has {idx.max()}, allowed are -1 to {self.num_experts - 1}",
+                value=int(idx.max()), bound=self.num_experts - 1,
+            )  # fmt: skip
         return x, idx.astype(np.int64, copy=False)
 
     def _check_outputs(
@@ -430,7 +453,7 @@ class ExpertParallel:
                 f"topk_weights must have shape {shape}, got {weights.shape}", value=weights.shape, bound=shape
             )
         if weights.dtype != np.float32:
-            if weights.dtype not in CODE_OF and weights.dtype.kind != "f":
+            if weights.dtype.kind != "f" and CODE_OF.get(weights.dtype) != BF16:
                 raise UsageError(f"topk_weights must be floating point, got {weights.dtype}", value=str(weights.dtype))
             weights = weights.astype(np.float32)
         return out, weights

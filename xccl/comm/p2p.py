@@ -20,7 +20,7 @@ from ..kernels.wait import MISMATCH, OK, PENDING
 from ..layout import ring as layout
 from ..layout.ring import CHANNEL, MAX_LANES, OPERATION
 from .buffers import address_of, readable, require_int, writable
-from .core import SLICE_NS, Core, Waiting
+from .core import SLICE_NS, Core, Waiting, require_timeout
 
 _MAX_EVENT_ID = (1 << 63) - 1
 #: Rounds over all requests, with a yield after each, before a waiting rank sleeps.
@@ -38,7 +38,7 @@ class Channel:
         ring_offset = geometry.ring_offset(sender)
         # Either side may come first, and touches both; committing twice costs nothing.
         core.fabric.commit(receiver, fields, MAX_LANES * layout.FIELD_BYTES)
-        core.fabric.commit(sender, acks, MAX_LANES * layout.FIELD_BYTES)
+        core.fabric.commit(sender, acks, geometry.fields_per_peer_bytes - MAX_LANES * layout.FIELD_BYTES)
         core.fabric.commit(receiver, ring_offset, geometry.ring_bytes)
         segments = core.fabric.segments
         self.peer = peer
@@ -50,6 +50,7 @@ class Channel:
         self.broken: str | None = None
         self.kernel = ring.send if sending else ring.receive
         self._slot_lanes = np.zeros(geometry.ring_slots, np.int64)
+        self._starts = np.zeros(geometry.ring_slots, np.int64)
         self.state = np.zeros(CHANNEL.size_bytes // 8, np.int64)
         self.address: int = self.state.ctypes.data
         for offset, value in {
@@ -62,6 +63,8 @@ class Channel:
             layout.CH_SLOT_BYTES: geometry.slot_bytes,
             layout.CH_SLOT_STRIDE: geometry.slot_stride_bytes,
             layout.CH_SLOT_LANES: self._slot_lanes.ctypes.data,
+            layout.CH_STARTS: self._starts.ctypes.data,
+            layout.CH_REFUSAL_TABLE: int(segments[sender]) + geometry.refusals_offset(receiver),
         }.items():
             self.state[offset // 8] = value
 
@@ -111,11 +114,9 @@ class Request:
             PeerDied, SessionAborted: the session is over.
         """
         if self.is_under_way():
-            self._engine.drive()
-            if self.is_under_way():
-                self._engine.core.check_session(self.describe)
+            self._engine.poll(self)
         if self.error is not None:
-            raise self.error
+            raise self.error.with_traceback(None)
         return self.done
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -128,9 +129,9 @@ class Request:
         Raises:
             EventMismatch, UsageError, WaitTimeout, PeerDied, SessionAborted: as for `send` and `recv`.
         """
-        self._engine.wait(self, self._engine.core.op_timeout_s if timeout_s is None else timeout_s)
+        self._engine.wait(self, self._engine.core.op_timeout_s if timeout_s is None else require_timeout(timeout_s))
         if self.error is not None:
-            raise self.error
+            raise self.error.with_traceback(None)
 
     def describe(self) -> Waiting:
         """What this request waits for."""
@@ -188,33 +189,55 @@ class PointToPoint:
         if request.error is not None:
             raise request.error
 
+    def require_idle(self) -> None:
+        """Raise UsageError if requests are under way."""
+        self.drive()
+        if self._active:
+            what = "; ".join(str(request.describe()) for request in self._active[:4])
+            raise UsageError(
+                f"rank {self.core.rank} cannot leave: {len(self._active)} requests are under way ({what}); wait first",
+                value=len(self._active), bound=0,
+            )  # fmt: skip
+
     def drive(self) -> None:
         """Give every request of this rank a chance, in the order in which they were posted."""
         for request in list(self._active):
             if request.is_under_way():
                 self._step(request, 0)
 
+    def poll(self, request: Request) -> None:
+        """Drive all requests a little, and raise if the session is over or the request's peer has left it."""
+        self.core.require_open()
+        if self._look(request) == PENDING:
+            self.core.check_session(request.describe)
+            if self.core.has_left(request.describe()) and self._look(request) == PENDING:
+                self.core.raise_left(request.describe())
+
     def wait(self, request: Request, timeout_s: float) -> None:
         """Drive all requests until this one is done."""
-        deadline = time.monotonic() + timeout_s
-        remaining_s = timeout_s
+        core = self.core
+        if request.is_under_way():
+            core.require_open()
+        deadline_ns = time.monotonic_ns() + int(timeout_s * 1e9)
+        looked_ns = 0
         while request.is_under_way():
-            slice_ns = min(SLICE_NS, max(1, int(remaining_s * 1e9)))
+            now_ns = time.monotonic_ns()
+            until_ns = min(deadline_ns, now_ns + SLICE_NS)
             alone = len(self._active) == 1
-            status = self._step(request, slice_ns) if alone else self._drive_and_sleep(request, slice_ns)
-            if status in (wait.SLICE, wait.ABORTED):
-                # Is the session alive? Has the peer left?
-                self.core.finish(wait.SLICE, lambda _: self._look(request), request.describe, timeout_s)
-            remaining_s = deadline - time.monotonic()
-            if remaining_s <= 0 and request.is_under_way():
-                raise self.core.timed_out(request.describe(), timeout_s)
+            status = self._step(request, until_ns) if alone else self._drive_and_sleep(request, until_ns)
+            if status in (wait.SLICE, wait.ABORTED) or now_ns - looked_ns > SLICE_NS:
+                looked_ns = now_ns
+                if request.is_under_way():
+                    self.poll(request)
+            if request.is_under_way() and time.monotonic_ns() >= deadline_ns:
+                raise core.timed_out(request.describe(), timeout_s)
 
     def _look(self, request: Request) -> int:
         """Drive all requests once; PENDING if this one is still under way."""
         self.drive()
         return PENDING if request.is_under_way() else OK
 
-    def _drive_and_sleep(self, request: Request, slice_ns: int) -> int:
+    def _drive_and_sleep(self, request: Request, until_ns: int) -> int:
         """Several requests: drive them in turn, then sleep until the doorbell rings for any of them."""
         for _ in range(_ROUNDS_BEFORE_SLEEP):
             if self._look(request) == OK:
@@ -223,20 +246,17 @@ class PointToPoint:
         control = self.core.control
         wait.arm(control)
         try:
-            return OK if self._look(request) == OK else int(wait.sleep(control, slice_ns))
+            return OK if self._look(request) == OK else int(wait.sleep(control, until_ns))
         finally:
             wait.disarm(control)
 
-    def _step(self, request: Request, slice_ns: int) -> int:
+    def _step(self, request: Request, until_ns: int) -> int:
         channel = request.channel
-        status = int(channel.kernel.call(channel.address, request.address, slice_ns))
+        status = int(channel.kernel.call(channel.address, request.address, until_ns))
         if status == OK:
             self._end(request, None)
         elif status == MISMATCH:
-            if channel.sending:
-                self._on_refusal(channel)
-            else:
-                self._end(request, self._mismatch(request))
+            self._end(request, self._mismatch(request))
         return status
 
     def _end(self, request: Request, error: XcclError | None) -> None:
@@ -247,15 +267,6 @@ class PointToPoint:
         if not self._active:
             self.core.progress = None
 
-    def _on_refusal(self, channel: Channel) -> None:
-        """The receiver has refused a message: it, and those written behind it before we knew, have failed."""
-        refused = channel.word(layout.CH_REFUSED_FIRST)
-        for request in list(channel.under_way):
-            if request.word(layout.OP_CHUNKS) and request.word(layout.OP_FIRST) >= refused:
-                if request.word(layout.OP_DONE) < request.word(layout.OP_CHUNKS):
-                    channel.state[layout.CH_TURN // 8] = request.word(layout.OP_TICKET) + 1
-                self._end(request, self._mismatch(request))
-
     def _mismatch(self, request: Request) -> XcclError:
         channel = request.channel
         rank, peer = self.core.rank, channel.peer
@@ -263,10 +274,9 @@ class PointToPoint:
         n_bytes = channel.word(layout.CH_PEER_BYTES)
         lanes = channel.word(layout.CH_PEER_LANES)
         does, did = ("sends", "receives") if channel.sending else ("receives", "sent")
-        if event_id != request.event_id or (n_bytes == request.buffer.nbytes and lanes == request.lanes):
-            behind = "" if event_id != request.event_id else " (a message before this one was refused)"
+        if event_id != request.event_id:
             return EventMismatch(
-                f"rank {rank} {does} event {request.event_id}, but rank {peer} {did} event {event_id}{behind}",
+                f"rank {rank} {does} event {request.event_id}, but rank {peer} {did} event {event_id}",
                 operation="send" if channel.sending else "recv", event_id=request.event_id, peer_event_id=event_id,
                 rank=rank, peer=peer,
             )  # fmt: skip

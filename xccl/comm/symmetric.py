@@ -121,7 +121,7 @@ class SymmetricArray:
             UsageError: it was freed before, or ranks free different arrays.
         """
         self.require_alive()
-        self._core.agree("free", {"array": self._offset})
+        self._core.agree("free", {"offset": self._offset})
         self._allocator.free(self._offset)
         self._local = None
         self._offset = -1
@@ -148,15 +148,35 @@ class Signals:
 
     def __init__(self, core: Core, allocator: SymmetricAllocator, count: int) -> None:
         self._core = core
+        self._allocator = allocator
         self.count = count
-        offset = _collective_alloc(core, allocator, "signals", count * self.STRIDE_BYTES, {"count": count}, zero=True)
-        self.addresses: list[int] = (core.fabric.segments + offset).tolist()
+        self._offset = _collective_alloc(
+            core, allocator, "signals", count * self.STRIDE_BYTES, {"count": count}, zero=True
+        )
+        self.addresses: list[int] = (core.fabric.segments + self._offset).tolist()
 
     def read(self, index: int) -> int:
         """The present value of this rank's word `index`."""
-        self._core.require_open()
+        self.require_alive()
         index = require_int(index, "index", 0, self.count - 1)
         return int(words.load(self.addresses[self._core.rank] + index * self.STRIDE_BYTES))
+
+    def free(self) -> None:
+        """Give the words back. Collective: returns when all ranks have called it.
+
+        Raises:
+            UsageError: they were freed before, or ranks free different ones.
+        """
+        self.require_alive()
+        self._core.agree("free", {"offset": self._offset})
+        self._allocator.free(self._offset)
+        self._offset = -1
+
+    def require_alive(self) -> None:
+        """Raise UsageError if the words were freed, or their rank has left the session."""
+        self._core.require_open()
+        if self._offset < 0:
+            raise UsageError("these signals were freed", value="freed")
 
     def __len__(self) -> int:
         return self.count
@@ -174,13 +194,13 @@ def _collective_alloc(
     offset = -1
     failure: XcclError | None = None
     try:
-        offset = allocator.alloc(n_bytes)
-        core.fabric.commit(core.rank, offset, n_bytes)
-        if zero:
-            core.fabric.view(core.rank, offset, n_bytes)[:] = 0
-    except CapacityError as error:
-        failure = error
-    try:
+        try:
+            offset = allocator.alloc(n_bytes)
+            core.fabric.commit(core.rank, offset, n_bytes)
+            if zero:
+                core.fabric.view(core.rank, offset, n_bytes)[:] = 0
+        except CapacityError as error:
+            failure = error
         core.agree(call, arguments, failure)
     except BaseException:
         if offset >= 0:

@@ -61,7 +61,7 @@ class LocalFabric(Fabric):
 
     def dead_peers(self) -> list[tuple[int, str]]:
         """Ranks whose threads were marked dead."""
-        return [(rank, reason) for rank, reason in self._world.dead.items() if rank != self.rank]
+        return [(rank, reason) for rank, reason in list(self._world.dead.items()) if rank != self.rank]
 
     def close(self) -> None:
         """Nothing to do: the world is freed with its last view."""

@@ -38,7 +38,7 @@ def start_ticks(pid: int) -> int | None:
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
             return int(stat.read().rpartition(")")[2].split()[19])
-    except (OSError, IndexError, ValueError):
+    except (FileNotFoundError, ProcessLookupError, IndexError):
         return None
 
 
@@ -122,6 +122,8 @@ class Segment:
         except posix_ipc.PermissionsError as error:
             raise FabricError(f"segment {name} belongs to another user", rank=rank) from error
         try:
+            if os.fstat(memory.fd).st_uid != os.geteuid():
+                raise FabricError(f"segment {name} belongs to another user", rank=rank)
             _check_header(name, rank, memory.fd, session_id, geometry)
             return cls(name, memory.fd, geometry.total_bytes, owned=False)
         except BaseException:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import time
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import PeerDied, SegmentError, SessionAborted, WaitTimeout
+from ..errors import CapacityError, PeerDied, SegmentError, SessionAborted, WaitTimeout
 from ..kernels import words
 from ..layout.segment import (
     ABORT_DIED,
@@ -33,6 +34,10 @@ from ..layout.segment import (
 )
 from .base import Fabric, wait_policy
 from .segment import Segment, start_ticks
+
+#: Two for the segment (ours, and the one that mmap keeps), one for the process.
+_DESCRIPTORS_PER_PEER = 3
+_OTHER_DESCRIPTORS = 64
 
 
 class ShmFabric(Fabric):
@@ -55,6 +60,7 @@ class ShmFabric(Fabric):
             CapacityError: /dev/shm has no room.
         """
         super().__init__(rank, geometry)
+        _require_descriptors(_DESCRIPTORS_PER_PEER * geometry.ranks + _OTHER_DESCRIPTORS)
         self._segments: dict[int, Segment] = {}
         self._pidfds: dict[int, int] = {}
         self._poll = select.poll()
@@ -188,3 +194,21 @@ class ShmFabric(Fabric):
             self._unwatch(peer)
         for segment in self._segments.values():
             segment.close()
+
+
+def _require_descriptors(needed: int) -> None:
+    """Raise this process's limit of open files to what is needed, as far as the system allows it.
+
+    Raises:
+        CapacityError: the system does not allow it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if needed <= soft or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise CapacityError(
+            f"so many ranks need {needed} open files in each, the limit is {hard}; raise it, or use fabric local",
+            value=needed,
+            bound=hard,
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

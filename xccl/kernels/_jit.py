@@ -47,22 +47,31 @@ def _source_digest() -> str:
 
 
 def cache_dir() -> Path:
-    """The directory of compiled kernels: `$XCCL_CACHE_DIR`, else the user's cache, else a private temporary one."""
-    root = os.environ.get("XCCL_CACHE_DIR")
-    if root:
-        base = Path(root)
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xccl"
-    path = base / f"kernels-{_DIGEST}"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        usable = os.access(path, os.W_OK)
-    except OSError:
-        usable = False
-    if not usable:
-        path = Path(tempfile.gettempdir()) / f"xccl-{os.getuid()}" / f"kernels-{_DIGEST}"
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return path
+    """The directory of compiled kernels: `$XCCL_CACHE_DIR`, else the user's cache, else a private temporary one.
+
+    numba's index files are pickles, so the directory must not be writable for others.
+    """
+    for base in _cache_bases():
+        path = base / f"kernels-{_DIGEST}"
+        with contextlib.suppress(OSError):
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if os.access(path, os.W_OK) and all(_is_private(p) for p in (base, path)):
+                return path
+    return Path(tempfile.mkdtemp(prefix="xccl-kernels-"))
+
+
+def _cache_bases() -> Iterator[Path]:
+    if root := os.environ.get("XCCL_CACHE_DIR"):
+        yield Path(root)
+        return
+    with contextlib.suppress(RuntimeError):  # no home directory
+        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xccl"
+    yield Path(tempfile.gettempdir()) / f"xccl-{os.getuid()}"
+
+
+def _is_private(path: Path) -> bool:
+    stat = path.lstat()
+    return stat.st_uid in (0, os.getuid()) and not stat.st_mode & 0o022
 
 
 _DIGEST = _source_digest()

@@ -75,7 +75,7 @@ def _holds(seen: int, comparison: int, value: int) -> bool:
 
 
 @kernel("int64(int64, int64, int64, int64, int64, int64)")
-def wait_until(control: int, address: int, comparison: int, value: int, seen_address: int, slice_ns: int) -> int:
+def wait_until(control: int, address: int, comparison: int, value: int, seen_address: int, until_ns: int) -> int:
     """Wait until a signal word of this rank compares so; the value seen is stored at `seen_address`."""
     n = 0
     while True:
@@ -84,7 +84,7 @@ def wait_until(control: int, address: int, comparison: int, value: int, seen_add
         seen = load_acquire(address)
         if _holds(seen, comparison, value):
             break
-        n = relax(control, n, seq, slice_ns)
+        n = relax(control, n, seq, until_ns)
         if n < 0:
             store_i64(seen_address, seen)
             return n
@@ -94,7 +94,7 @@ def wait_until(control: int, address: int, comparison: int, value: int, seen_add
 
 
 @kernel("int64(int64, int64, int64, int64, int64, int64)")
-def barrier(control: int, controls: int, ranks: int, epoch: int, arrived: int, slice_ns: int) -> int:
+def barrier(control: int, controls: int, ranks: int, epoch: int, arrived: int, until_ns: int) -> int:
     """Barrier number `epoch` (from 1).
 
     Args:
@@ -104,7 +104,7 @@ def barrier(control: int, controls: int, ranks: int, epoch: int, arrived: int, s
         epoch: number of this barrier, the same at all ranks.
         arrived: address of the number of the last barrier at which this rank was counted: a call that goes on after
             a slice must not be counted again.
-        slice_ns: how long to sleep at most.
+        until_ns: when to return at the latest.
     """
     if load_i64(arrived) != epoch:
         store_i64(arrived, epoch)
@@ -119,7 +119,7 @@ def barrier(control: int, controls: int, ranks: int, epoch: int, arrived: int, s
         seq = load_acquire(control + CTL_DOORBELL)
         if load_acquire(control + CTL_BARRIER_RELEASE) >= epoch:
             break
-        n = relax(control, n, seq, slice_ns)
+        n = relax(control, n, seq, until_ns)
         if n < 0:
             return n
     settle(control, n)

@@ -14,11 +14,13 @@ Theory of operation. Slots carry a copy of the header, so the sender may write t
 acknowledged: a data field is overwritten then, but the receiver takes nothing from it but the position. Since one
 thread writes all chunks in order, a tail beyond c in *any* lane's field means that chunk c is in its slot.
 
-A refusal is a counter with the receiver's event ID beside it. The sender that sees a new one fails every message that
-starts at or after the refused position and is still under way, and writes the new count into all later slots. The
-receiver drops chunks that carry an older count: they were sent before the sender knew. So both sides report the
-mismatch, nothing blocks, and the channel is usable afterwards. At most one refusal is under way, since the receiver
-refuses only chunks with the current count.
+The receiver refuses a message by a record in the sender's metadata area, at the index of the slot of its first chunk.
+Then it drops the chunks of that message, until they end or a slot starts another one. The sender looks at the record of
+each message under way, stops writing one that was refused, and goes on with the next at its present position. A message
+that is dropped is acknowledged, but the refusal was released before, so a sender that sees the last acknowledgement and
+then no refusal has been received. Both sides report the mismatch, nothing blocks, and other messages of the channel are
+not concerned. A message starts in a slot only after the last one that started there has ended at the sender (`starts`),
+so no refusal is overwritten before it was seen.
 
 Both kernels are state machines: all progress is in the channel and the operation, so a call that returns SLICE or
 PENDING is simply made again.
@@ -30,7 +32,6 @@ from ..layout.ring import (
     ACK_CHUNK_ID,
     ACK_EVENT_ID,
     ACK_HEAD,
-    ACK_REFUSAL,
     CH_ACK_FIELDS,
     CH_DATA_FIELDS,
     CH_NEXT,
@@ -39,8 +40,7 @@ from ..layout.ring import (
     CH_PEER_CONTROL,
     CH_PEER_EVENT_ID,
     CH_PEER_LANES,
-    CH_REFUSALS,
-    CH_REFUSED_FIRST,
+    CH_REFUSAL_TABLE,
     CH_RING,
     CH_SLOT_BYTES,
     CH_SLOT_LANES,
@@ -48,6 +48,7 @@ from ..layout.ring import (
     CH_SLOTS,
     CH_STALE_FIRST,
     CH_STALE_LANES,
+    CH_STARTS,
     CH_TURN,
     DATA_CHUNK_ID,
     DATA_EVENT_ID,
@@ -64,22 +65,23 @@ from ..layout.ring import (
     OP_FIRST,
     OP_LANES,
     OP_TICKET,
+    REFUSAL_BYTES,
+    RF_BYTES,
+    RF_EVENT_ID,
+    RF_LANES,
+    RF_STAMP,
     SLOT_CHUNK_BYTES,
     SLOT_EVENT_ID,
     SLOT_FIRST,
     SLOT_HEADER_BYTES,
     SLOT_LANES,
     SLOT_MESSAGE_BYTES,
-    SLOT_REFUSALS_SEEN,
 )
 from ..layout.segment import CTL_DOORBELL
 from ._jit import device, kernel
 from .atomics import load_acquire, load_i64, store_i64, store_release
 from .copy import copy_bytes
-from .wait import MISMATCH, OK, PENDING, relax, ring, settle
-
-#: Bits of the refusal word: count (8), lanes (8), bytes (48).
-_SIZE_MASK = (1 << 48) - 1
+from .wait import MISMATCH, OK, PENDING, SLICE, now_ns, relax, ring, settle
 
 
 @device
@@ -90,28 +92,32 @@ def _chunk_bytes(n_bytes: int, lanes: int, slot_bytes: int) -> int:
 
 
 @device
-def _start(channel: int, op: int) -> None:
-    """Take the channel's next position for the first chunk."""
+def _start(channel: int, op: int) -> bool:
+    """Take the channel's next position, if it is this operation's turn and a message may start there."""
+    position = load_i64(channel + CH_NEXT)
+    starts = load_i64(channel + CH_STARTS) + 8 * (position % load_i64(channel + CH_SLOTS))
+    if load_i64(channel + CH_TURN) != load_i64(op + OP_TICKET) or load_i64(starts) != 0:
+        return False
+    store_i64(starts, 1)
     n_bytes = load_i64(op + OP_BYTES)
     chunk_bytes = _chunk_bytes(n_bytes, load_i64(op + OP_LANES), load_i64(channel + CH_SLOT_BYTES))
     store_i64(op + OP_CHUNK_BYTES, chunk_bytes)
-    store_i64(op + OP_FIRST, load_i64(channel + CH_NEXT))
+    store_i64(op + OP_FIRST, position)
     store_i64(op + OP_CHUNKS, max(1, -(-n_bytes // chunk_bytes)))
+    return True
 
 
 @device
-def _notice_refusal(channel: int, acks: int) -> bool:
-    """Has the receiver refused a message since the last look? If so, note what it says."""
-    # SYNC POINT ring-refusal: acquires event ID and position, which `_refuse` wrote before it released the word.
-    word = load_acquire(acks + ACK_REFUSAL)
-    refusals = load_i64(channel + CH_REFUSALS)
-    if (word >> 56) & 0xFF == refusals & 0xFF:
+def _is_refused(channel: int, op: int) -> bool:
+    """Has the receiver refused this message? If so, note what it expected."""
+    first = load_i64(op + OP_FIRST)
+    refusal = load_i64(channel + CH_REFUSAL_TABLE) + (first % load_i64(channel + CH_SLOTS)) * REFUSAL_BYTES
+    # SYNC POINT ring-refusal: acquires what `_refuse` wrote before it released the stamp.
+    if load_acquire(refusal + RF_STAMP) != first + 1:
         return False
-    store_i64(channel + CH_REFUSALS, refusals + 1)
-    store_i64(channel + CH_REFUSED_FIRST, load_i64(acks + ACK_CHUNK_ID))
-    store_i64(channel + CH_PEER_EVENT_ID, load_i64(acks + ACK_EVENT_ID))
-    store_i64(channel + CH_PEER_BYTES, word & _SIZE_MASK)
-    store_i64(channel + CH_PEER_LANES, (word >> 48) & 0xFF)
+    store_i64(channel + CH_PEER_EVENT_ID, load_i64(refusal + RF_EVENT_ID))
+    store_i64(channel + CH_PEER_BYTES, load_i64(refusal + RF_BYTES))
+    store_i64(channel + CH_PEER_LANES, load_i64(refusal + RF_LANES))
     return True
 
 
@@ -147,7 +153,6 @@ def _write_chunk(channel: int, op: int) -> None:
     store_i64(slot + SLOT_MESSAGE_BYTES, n_bytes)
     store_i64(slot + SLOT_LANES, load_i64(op + OP_LANES))
     store_i64(slot + SLOT_CHUNK_BYTES, chunk_bytes)
-    store_i64(slot + SLOT_REFUSALS_SEEN, load_i64(channel + CH_REFUSALS))
     copy_bytes(slot + SLOT_HEADER_BYTES, load_i64(op + OP_BUFFER) + start, min(chunk_bytes, n_bytes - start))
     store_i64(load_i64(channel + CH_SLOT_LANES) + 8 * (position % load_i64(channel + CH_SLOTS)), lane)
     field = load_i64(channel + CH_DATA_FIELDS) + lane * FIELD_BYTES
@@ -162,43 +167,49 @@ def _write_chunk(channel: int, op: int) -> None:
 
 
 @kernel("int64(int64, int64, int64)")
-def send(channel: int, op: int, slice_ns: int) -> int:
+def send(channel: int, op: int, until_ns: int) -> int:
     """Steps 1 to 4 and 8: write chunks while slots are free, then wait for the acknowledgement of the last one.
 
     Returns OK, SLICE, ABORTED, PENDING (nothing to do now, or not this operation's turn), or MISMATCH: the receiver has
-    refused a message, and the caller decides which operations that concerns.
+    refused this message.
     """
     control = load_i64(channel + CH_OWN_CONTROL)
     acks = load_i64(channel + CH_ACK_FIELDS)
-    if load_i64(op + OP_CHUNKS) == 0:
-        if load_i64(channel + CH_TURN) != load_i64(op + OP_TICKET):
-            return PENDING
-        _start(channel, op)
+    if load_i64(op + OP_CHUNKS) == 0 and not _start(channel, op):
+        return PENDING
     chunks = load_i64(op + OP_CHUNKS)
     last = acks + ((chunks - 1) % load_i64(op + OP_LANES)) * FIELD_BYTES + ACK_HEAD
     end = load_i64(op + OP_FIRST) + chunks
+    status = OK
     n = 0
     while True:
         seq = load_acquire(control + CTL_DOORBELL)
-        if _notice_refusal(channel, acks):
-            settle(control, n)
-            return MISMATCH
-        if load_i64(op + OP_DONE) < chunks:
-            if _slot_is_free(channel, acks):
-                settle(control, n)
-                n = 0
-                _write_chunk(channel, op)
-                if load_i64(op + OP_DONE) == chunks:
-                    store_i64(channel + CH_TURN, load_i64(op + OP_TICKET) + 1)
-                continue
-        # SYNC POINT ring-ack: the receiver released this after it copied the last chunk.
-        elif load_acquire(last) >= end:
+        done = load_i64(op + OP_DONE)
+        # SYNC POINT ring-ack: the receiver released this after it copied, or dropped, the last chunk.
+        acknowledged = done == chunks and load_acquire(last) >= end
+        # Looked at after the acknowledgement: a dropped message was refused first.
+        if done > 0 and _is_refused(channel, op):
+            if done < chunks:
+                store_i64(channel + CH_TURN, load_i64(op + OP_TICKET) + 1)
+            status = MISMATCH
             break
-        n = relax(control, n, seq, slice_ns)
+        if acknowledged:
+            break
+        if done < chunks and _slot_is_free(channel, acks):
+            settle(control, n)
+            n = 0
+            _write_chunk(channel, op)
+            if done + 1 == chunks:
+                store_i64(channel + CH_TURN, load_i64(op + OP_TICKET) + 1)
+            elif until_ns != 0 and now_ns() >= until_ns:
+                return SLICE
+            continue
+        n = relax(control, n, seq, until_ns)
         if n < 0:
             return n
     settle(control, n)
-    return OK
+    store_i64(load_i64(channel + CH_STARTS) + 8 * (load_i64(op + OP_FIRST) % load_i64(channel + CH_SLOTS)), 0)
+    return status
 
 
 @device
@@ -220,11 +231,14 @@ def _published(channel: int, op: int) -> bool:
 
 
 @device
-def _acknowledge(channel: int, lane: int) -> None:
-    """Step 7: give the slot of the next chunk back, and go on to the one behind it."""
+def _acknowledge(channel: int, op: int, index: int, lanes: int) -> None:
+    """Step 7: give the slot of chunk `index` back, and go on to the one behind it."""
     position = load_i64(channel + CH_NEXT)
+    field = load_i64(channel + CH_ACK_FIELDS) + (index % lanes) * FIELD_BYTES
+    store_i64(field + ACK_EVENT_ID, load_i64(op + OP_EVENT_ID))
+    store_i64(field + ACK_CHUNK_ID, index)
     # SYNC POINT ring-ack: released after the slot was read; `send` acquires it.
-    store_release(load_i64(channel + CH_ACK_FIELDS) + lane * FIELD_BYTES + ACK_HEAD, position + 1)
+    store_release(field + ACK_HEAD, position + 1)
     store_i64(channel + CH_NEXT, position + 1)
     ring(load_i64(channel + CH_PEER_CONTROL))
 
@@ -233,16 +247,15 @@ def _acknowledge(channel: int, lane: int) -> None:
 def _refuse(channel: int, op: int, slot: int) -> None:
     """Step 5, when the message is not the one that was asked for."""
     position = load_i64(channel + CH_NEXT)
-    refusals = load_i64(channel + CH_REFUSALS) + 1
-    acks = load_i64(channel + CH_ACK_FIELDS)
-    store_i64(acks + ACK_EVENT_ID, load_i64(op + OP_EVENT_ID))
-    store_i64(acks + ACK_CHUNK_ID, position)
-    size = (load_i64(op + OP_LANES) << 48) | (load_i64(op + OP_BYTES) & _SIZE_MASK)
-    # SYNC POINT ring-refusal: released after event ID and position; `_notice_refusal` acquires it.
-    store_release(acks + ACK_REFUSAL, ((refusals & 0xFF) << 56) | size)
+    refusal = load_i64(channel + CH_REFUSAL_TABLE) + (position % load_i64(channel + CH_SLOTS)) * REFUSAL_BYTES
+    store_i64(refusal + RF_EVENT_ID, load_i64(op + OP_EVENT_ID))
+    store_i64(refusal + RF_BYTES, load_i64(op + OP_BYTES))
+    store_i64(refusal + RF_LANES, load_i64(op + OP_LANES))
+    # SYNC POINT ring-refusal: released after the rest; `_is_refused` acquires it.
+    store_release(refusal + RF_STAMP, position + 1)
     ring(load_i64(channel + CH_PEER_CONTROL))
-    store_i64(channel + CH_REFUSALS, refusals)
-    store_i64(channel + CH_REFUSED_FIRST, position)
+    store_i64(channel + CH_STALE_FIRST, position)
+    store_i64(channel + CH_STALE_LANES, load_i64(slot + SLOT_LANES))
     store_i64(channel + CH_PEER_EVENT_ID, load_i64(slot + SLOT_EVENT_ID))
     store_i64(channel + CH_PEER_BYTES, load_i64(slot + SLOT_MESSAGE_BYTES))
     store_i64(channel + CH_PEER_LANES, load_i64(slot + SLOT_LANES))
@@ -265,12 +278,12 @@ def _read_chunk(channel: int, op: int, slot: int) -> None:
     start = index * chunk_bytes
     n_bytes = min(chunk_bytes, load_i64(op + OP_BYTES) - start)
     copy_bytes(load_i64(op + OP_BUFFER) + start, slot + SLOT_HEADER_BYTES, n_bytes)
-    _acknowledge(channel, index % load_i64(op + OP_LANES))
+    _acknowledge(channel, op, index, load_i64(op + OP_LANES))
     store_i64(op + OP_DONE, index + 1)
 
 
 @kernel("int64(int64, int64, int64)")
-def receive(channel: int, op: int, slice_ns: int) -> int:
+def receive(channel: int, op: int, until_ns: int) -> int:
     """Steps 5 to 7: wait for each chunk, check the first one's header, copy, acknowledge.
 
     Returns OK, SLICE, ABORTED, PENDING (nothing to do now, or not this operation's turn), or MISMATCH: this message was
@@ -283,7 +296,7 @@ def receive(channel: int, op: int, slice_ns: int) -> int:
     while True:
         seq = load_acquire(control + CTL_DOORBELL)
         if not _published(channel, op):
-            n = relax(control, n, seq, slice_ns)
+            n = relax(control, n, seq, until_ns)
             if n < 0:
                 return n
             continue
@@ -292,12 +305,10 @@ def receive(channel: int, op: int, slice_ns: int) -> int:
         position = load_i64(channel + CH_NEXT)
         slot = _slot(channel, position)
         if load_i64(op + OP_CHUNKS) == 0:
-            if load_i64(slot + SLOT_REFUSALS_SEEN) != load_i64(channel + CH_REFUSALS):
-                # Sent before the sender knew of the last refusal.
-                lanes = load_i64(slot + SLOT_LANES)
-                store_i64(channel + CH_STALE_FIRST, load_i64(slot + SLOT_FIRST))
-                store_i64(channel + CH_STALE_LANES, lanes)
-                _acknowledge(channel, (position - load_i64(slot + SLOT_FIRST)) % lanes)
+            lanes = load_i64(channel + CH_STALE_LANES)
+            if lanes != 0 and load_i64(slot + SLOT_FIRST) == load_i64(channel + CH_STALE_FIRST):
+                # A chunk of the message that was refused last.
+                _acknowledge(channel, op, position - load_i64(slot + SLOT_FIRST), lanes)
                 continue
             store_i64(channel + CH_STALE_LANES, 0)
             if not _is_expected(op, slot):
@@ -312,3 +323,5 @@ def receive(channel: int, op: int, slice_ns: int) -> int:
         if load_i64(op + OP_DONE) == load_i64(op + OP_CHUNKS):
             store_i64(channel + CH_TURN, load_i64(op + OP_TICKET) + 1)
             return OK
+        if until_ns != 0 and now_ns() >= until_ns:
+            return SLICE

@@ -7,7 +7,7 @@ Theory of operation. A rank has one doorbell, in its own segment, for everything
         seq = load_acquire(control + CTL_DOORBELL)
         if <condition on words of the own segment>:
             break
-        n = relax(control, n, seq, slice_ns)
+        n = relax(control, n, seq, until_ns)
         if n < 0:
             return n
     settle(control, n)
@@ -20,10 +20,12 @@ No wake-up is lost (Dekker's argument; SYNC POINT doorbell): the waiter raises `
 writer stores the word, then reads `waiters`; both with a full fence in between. Either the waiter sees the word, or the
 writer sees the waiter and raises the doorbell, and then FUTEX_WAIT with the old `seq` returns at once.
 
-A wait is cut into slices: after `slice_ns` of sleep, a signal, or many wake-ups for something else, `relax` gives up
-with SLICE, and Python looks at deadlines, signals and the liveness of peers before it calls again. An abort of the
-session ends the wait with ABORTED. A rank that is killed while it is counted as a waiter leaves the count raised, which
-costs its peers a needless system call and nothing else.
+A wait is cut into slices: at the time `until_ns`, or when a signal arrives, `relax` gives up with SLICE, and Python
+looks at signals, deadlines and the liveness of peers before it calls again. Wake-ups for something else do not prolong
+a slice. An abort of the session ends the wait with ABORTED. A rank that is killed while it is counted as a waiter
+leaves the count raised, which costs its peers a needless system call and nothing else.
+
+Times are those of CLOCK_MONOTONIC in nanoseconds, as Python's `time.monotonic_ns` has them; 0 means not to wait at all.
 """
 
 from __future__ import annotations
@@ -46,12 +48,14 @@ ABORTED = -2
 MISMATCH = -3
 PENDING = -4
 
-#: Wake-ups for something else after which a wait returns to Python all the same.
-_MAX_WAKEUPS = 256
-
-_FUTEX_WAIT = 0
 _FUTEX_WAKE = 1
-_FUTEX_NUMBER = {"x86_64": 202, "AMD64": 202, "aarch64": 98}.get(platform.machine(), 98)
+_FUTEX_WAIT_BITSET = 9  # FUTEX_WAIT with an absolute time-out, by CLOCK_MONOTONIC
+_FUTEX_ANY_BIT = 0xFFFFFFFF
+_FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}
+if platform.machine() not in _FUTEX_NUMBERS:
+    raise ImportError(f"xccl knows no futex on {platform.machine()}; it runs on {', '.join(_FUTEX_NUMBERS)}")
+_FUTEX_NUMBER = _FUTEX_NUMBERS[platform.machine()]
+_CLOCK_MONOTONIC = 1
 
 sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
@@ -59,20 +63,20 @@ sched_yield = types.ExternalFunction("sched_yield", types.int32())
 def _call_futex(builder: Any, address: Any, operation: int, value: Any, timeout: Any) -> Any:
     function_type = ir.FunctionType(I64, [I64], var_arg=True)
     function = cgutils.get_or_insert_function(builder.module, function_type, "syscall")
-    number, code = ir.Constant(I64, _FUTEX_NUMBER), ir.Constant(I64, operation)
-    return builder.call(function, [number, address, code, value, timeout])
+    number, code, nowhere = (ir.Constant(I64, n) for n in (_FUTEX_NUMBER, operation, 0))
+    return builder.call(function, [number, address, code, value, timeout, nowhere, ir.Constant(I64, _FUTEX_ANY_BIT)])
 
 
 @intrinsic
-def _futex_wait(typingctx: Any, address: Any, value: Any, timeout_ns: Any) -> Any:
-    """Sleep while the int32 at `address` is `value`; 0 when woken, -1 on time-out, signal or changed value."""
+def _futex_wait(typingctx: Any, address: Any, value: Any, until_ns: Any) -> Any:
+    """Sleep while the int32 at `address` is `value`; 0 when woken, -1 at the time, on a signal or a changed value."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         billion = ir.Constant(I64, 1_000_000_000)
         timespec = cgutils.alloca_once(builder, ir.ArrayType(I64, 2))
         for index, part in enumerate((builder.sdiv(args[2], billion), builder.srem(args[2], billion))):
             builder.store(part, cgutils.gep_inbounds(builder, timespec, 0, index))
-        return _call_futex(builder, args[0], _FUTEX_WAIT, args[1], builder.ptrtoint(timespec, I64))
+        return _call_futex(builder, args[0], _FUTEX_WAIT_BITSET, args[1], builder.ptrtoint(timespec, I64))
 
     return types.int64(types.int64, types.int64, types.int64), codegen
 
@@ -85,6 +89,21 @@ def _futex_wake(typingctx: Any, address: Any, count: Any) -> Any:
         return _call_futex(builder, args[0], _FUTEX_WAKE, args[1], ir.Constant(I64, 0))
 
     return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def now_ns(typingctx: Any) -> Any:
+    """CLOCK_MONOTONIC in nanoseconds (about 25 ns)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        timespec = cgutils.alloca_once(builder, ir.ArrayType(I64, 2))
+        function_type = ir.FunctionType(ir.IntType(32), [ir.IntType(32), timespec.type])
+        function = cgutils.get_or_insert_function(builder.module, function_type, "clock_gettime")
+        builder.call(function, [ir.Constant(ir.IntType(32), _CLOCK_MONOTONIC), timespec])
+        seconds, rest = (builder.load(cgutils.gep_inbounds(builder, timespec, 0, i)) for i in (0, 1))
+        return builder.add(builder.mul(seconds, ir.Constant(I64, 1_000_000_000)), rest)
+
+    return types.int64(), codegen
 
 
 @device
@@ -103,9 +122,9 @@ def ring(control: int) -> None:
 
 
 @device
-def relax(control: int, n: int, seq: int, slice_ns: int) -> int:
-    """Wait a little (see above). The next `n`, or SLICE, ABORTED, or PENDING at once if `slice_ns` is 0."""
-    if slice_ns == 0:
+def relax(control: int, n: int, seq: int, until_ns: int) -> int:
+    """Wait a little (see above). The next `n`, or SLICE, ABORTED, or PENDING at once if `until_ns` is 0."""
+    if until_ns == 0:
         return PENDING
     pauses = load_i64(control + CTL_PAUSES)
     if n < pauses:
@@ -120,14 +139,18 @@ def relax(control: int, n: int, seq: int, slice_ns: int) -> int:
     if n == limit:
         # SYNC POINT doorbell: counted as a waiter before the condition is checked once more (pairs with `ring`).
         fetch_add(control + CTL_WAITERS, 1)
+        fence_seq_cst()
         return n + 1
+    status = OK
     if load_acquire(control + CTL_ABORT) != 0:
+        status = ABORTED
+    else:
+        woken = _futex_wait(control + CTL_DOORBELL, seq & 0xFFFFFFFF, until_ns)
+        if (woken != 0 and load_acquire(control + CTL_DOORBELL) == seq) or now_ns() >= until_ns:
+            status = SLICE
+    if status != OK:
         fetch_add(control + CTL_WAITERS, -1)
-        return ABORTED
-    woken = _futex_wait(control + CTL_DOORBELL, seq & 0xFFFFFFFF, slice_ns)
-    if (woken != 0 and load_acquire(control + CTL_DOORBELL) == seq) or n > limit + _MAX_WAKEUPS:
-        fetch_add(control + CTL_WAITERS, -1)
-        return SLICE
+        return status
     return n + 1
 
 
@@ -139,7 +162,7 @@ def settle(control: int, n: int) -> None:
 
 
 @kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
-def wait_all(control: int, address: int, stride_bytes: int, count: int, target: int, cursor: int, slice_ns: int) -> int:
+def wait_all(control: int, address: int, stride_bytes: int, count: int, target: int, cursor: int, until_ns: int) -> int:
     """Wait until each of `count` words, `stride_bytes` apart, is at least `target`.
 
     The int64 at address `cursor` holds the index of the first word that was not seen to be so: 0 at first, where the
@@ -151,7 +174,7 @@ def wait_all(control: int, address: int, stride_bytes: int, count: int, target: 
             seq = load_acquire(control + CTL_DOORBELL)
             if load_acquire(address + i * stride_bytes) >= target:
                 break
-            n = relax(control, n, seq, slice_ns)
+            n = relax(control, n, seq, until_ns)
             if n < 0:
                 store_i64(cursor, i)
                 return n
@@ -161,12 +184,12 @@ def wait_all(control: int, address: int, stride_bytes: int, count: int, target: 
 
 
 @kernel("int64(int64, int64)")
-def sleep(control: int, slice_ns: int) -> int:
+def sleep(control: int, until_ns: int) -> int:
     """Sleep until the doorbell is raised, for a rank that has counted itself as a waiter with `arm`."""
     seq = load_i64(control + CTL_ARMED_SEQ)
     if load_acquire(control + CTL_ABORT) != 0:
         return ABORTED
-    _futex_wait(control + CTL_DOORBELL, seq & 0xFFFFFFFF, slice_ns)
+    _futex_wait(control + CTL_DOORBELL, seq & 0xFFFFFFFF, until_ns)
     return OK if load_acquire(control + CTL_DOORBELL) != seq else SLICE
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .moe import EXPERT_FIELD, ROUTING, STATE
 from .record import Field, Record
-from .ring import ACK_FIELD, CHANNEL, DATA_FIELD, OPERATION, SLOT
+from .ring import ACK_FIELD, CHANNEL, DATA_FIELD, OPERATION, REFUSAL, SLOT
 from .segment import AGREEMENT, CONTROL, HEADER
 
 #: Every record, in the order of the documentation: shared ones first, then those that are private to a rank.
@@ -14,6 +14,7 @@ ALL_RECORDS: tuple[Record, ...] = (
     AGREEMENT,
     DATA_FIELD,
     ACK_FIELD,
+    REFUSAL,
     SLOT,
     EXPERT_FIELD,
     CHANNEL,

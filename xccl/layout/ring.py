@@ -19,16 +19,23 @@ DATA_MESSAGE_BYTES = DATA_FIELD.add("message_bytes", 8, "size of the whole messa
 
 ACK_FIELD = Record(
     "acknowledgement field",
-    "One for each peer and lane, in the sender's metadata area, written by the receiver. Refusals use lane 0.",
+    "One for each peer and lane, in the sender's metadata area, written by the receiver.",
 )
-ACK_EVENT_ID = ACK_FIELD.add("event_id", 8, "refusal: the event ID that the receiver expected")
-ACK_CHUNK_ID = ACK_FIELD.add("chunk_id", 8, "refusal: ring position at which the refused message starts")
+ACK_EVENT_ID = ACK_FIELD.add("event_id", 8, "the event ID of the receive")
+ACK_CHUNK_ID = ACK_FIELD.add("chunk_id", 8, "number of the chunk within its message")
 ACK_HEAD = ACK_FIELD.add("head", 8, "ring position up to which slots are free again (SYNC POINT ring-ack)")
-ACK_REFUSAL = ACK_FIELD.add(
+ACK_RESERVED = ACK_FIELD.add("reserved", 8, "0")
+
+REFUSAL = Record(
     "refusal",
-    8,
-    "refusals so far (8 bits), lanes (8) and bytes (48) that the receiver expected (SYNC POINT ring-refusal)",
+    "One for each peer and ring slot, in the sender's metadata area, written by the receiver of a message that it did "
+    "not expect. It belongs to the slot of the message's first chunk.",
 )
+RF_EVENT_ID = REFUSAL.add("event_id", 8, "the event ID that the receiver expected")
+RF_BYTES = REFUSAL.add("bytes", 8, "the size that it expected")
+RF_LANES = REFUSAL.add("lanes", 8, "the lanes that it expected")
+RF_STAMP = REFUSAL.add("stamp", 8, "1 + ring position of the refused message, published last (SYNC POINT ring-refusal)")
+REFUSAL_BYTES = REFUSAL.size_bytes
 
 SLOT = Record(
     "ring slot",
@@ -39,7 +46,6 @@ SLOT_FIRST = SLOT.add("first", 8, "ring position of the first chunk of the messa
 SLOT_MESSAGE_BYTES = SLOT.add("message_bytes", 8, "size of the whole message")
 SLOT_LANES = SLOT.add("lanes", 8, "lanes over which the message is dealt")
 SLOT_CHUNK_BYTES = SLOT.add("chunk_bytes", 8, "bytes of a full chunk of this message")
-SLOT_REFUSALS_SEEN = SLOT.add("refusals_seen", 8, "refusals that the sender knew of when it wrote this")
 SLOT_PAYLOAD = SLOT.add("payload", 0, "slot_bytes of payload", align=64)
 SLOT_HEADER_BYTES = SLOT_PAYLOAD
 
@@ -56,8 +62,7 @@ CH_SLOTS = CHANNEL.add("slots", 8, "slots in the ring")
 CH_SLOT_BYTES = CHANNEL.add("slot_bytes", 8, "payload bytes of a slot")
 CH_SLOT_STRIDE = CHANNEL.add("slot_stride_bytes", 8, "distance between slots")
 CH_NEXT = CHANNEL.add("next", 8, "ring position of the next chunk to write or to read")
-CH_REFUSALS = CHANNEL.add("refusals", 8, "refusals seen (sender) or sent (receiver)")
-CH_REFUSED_FIRST = CHANNEL.add("refused_first", 8, "start of the last refused message")
+CH_REFUSAL_TABLE = CHANNEL.add("refusal_table", 8, "address of the refusals, at the sender")
 CH_PEER_EVENT_ID = CHANNEL.add("peer_event_id", 8, "of the last refusal: the event ID on the other side")
 CH_PEER_BYTES = CHANNEL.add("peer_bytes", 8, "of the last refusal: the size on the other side")
 CH_PEER_LANES = CHANNEL.add("peer_lanes", 8, "of the last refusal: the lanes on the other side")
@@ -66,6 +71,9 @@ CH_TICKETS = CHANNEL.add("tickets", 8, "tickets given out")
 CH_STALE_FIRST = CHANNEL.add("stale_first", 8, "start of the message that is being skipped (receiver)")
 CH_STALE_LANES = CHANNEL.add("stale_lanes", 8, "its lanes (receiver)")
 CH_SLOT_LANES = CHANNEL.add("slot_lanes", 8, "address of [slots] int64: the lane that last used each slot (sender)")
+CH_STARTS = CHANNEL.add(
+    "starts", 8, "address of [slots] int64: 1 while a message that started there is under way (sender)"
+)
 
 OPERATION = Record("operation", "Private to a rank: one send or receive under way.")
 OP_BUFFER = OPERATION.add("buffer", 8, "address of the user's buffer")

@@ -22,7 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .record import HOT_LINE_BYTES, Record, align_up
-from .ring import FIELD_BYTES, MAX_LANES, SLOT_HEADER_BYTES
+from .ring import FIELD_BYTES, MAX_LANES, REFUSAL_BYTES, SLOT_HEADER_BYTES
 
 #: "XCCLSEG1" as a little-endian integer.
 MAGIC = int.from_bytes(b"XCCLSEG1", "little")
@@ -137,8 +137,8 @@ class Geometry:
 
     @property
     def fields_per_peer_bytes(self) -> int:
-        """Bytes of the point-to-point fields of one peer: data and acknowledgement for each lane."""
-        return 2 * MAX_LANES * FIELD_BYTES
+        """Bytes of the point-to-point fields of one peer: data and acknowledgement for each lane, and refusals."""
+        return 2 * MAX_LANES * FIELD_BYTES + self.ring_slots * REFUSAL_BYTES
 
     @property
     def expert_metadata_offset(self) -> int:
@@ -181,6 +181,10 @@ class Geometry:
     def ack_fields_offset(self, peer: int) -> int:
         """Where `peer`, as a receiver, acknowledges what this rank sent: [MAX_LANES] of 32 bytes."""
         return self.data_fields_offset(peer) + MAX_LANES * FIELD_BYTES
+
+    def refusals_offset(self, peer: int) -> int:
+        """Where `peer`, as a receiver, refuses what this rank sent: [ring_slots] refusals."""
+        return self.ack_fields_offset(peer) + MAX_LANES * FIELD_BYTES
 
     def ring_offset(self, peer: int) -> int:
         """The ring into which `peer` sends."""

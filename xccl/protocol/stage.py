@@ -1,6 +1,6 @@
 """Stages: what must happen in an operation. Pure descriptions; no memory is touched here.
 
-An operation is a sequence of stages, the same at every rank. A stage is a set of transfers, signals, waits and local work,
+An operation is a sequence of stages, the same at every rank. A stage is a set of transfers, signals, waits and work,
 held column-wise, so that the 590,000 pairs of 768 ranks are a few arrays. `comm` executes the stages and, when traced,
 records what it did under the same names; `model` says what they would cost.
 

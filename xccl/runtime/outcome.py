@@ -51,12 +51,24 @@ class Outcome:
             data = pickle.dumps(self)
             pickle.loads(data)  # an exception class may pickle and yet not come back
         except Exception as problem:  # noqa: BLE001 - pickling runs foreign code
+            if isinstance(self.value, XcclError):
+                details = {name: _plain(value) for name, value in self.value.details.items()}
+                return pickle.dumps(Outcome("error", type(self.value)(str(self.value), **details), self.trace))
             if self.kind == "error":
                 error: XcclError = XcclError(f"{type(self.value).__name__}: {self.value}")
                 return pickle.dumps(Outcome("error", error, self.trace))
             text = f"the result of type {type(self.value).__name__} cannot be sent to the launcher: {problem}"
             return pickle.dumps(Outcome("error", FabricError(text), ""))
         return data
+
+
+def _plain(value: object) -> object:
+    """The value if it pickles, else its text."""
+    try:
+        pickle.loads(pickle.dumps(value))
+    except Exception:  # noqa: BLE001 - pickling runs foreign code
+        return repr(value)
+    return value
 
 
 def raise_failure(outcomes: dict[int, Outcome]) -> None:

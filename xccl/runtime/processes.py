@@ -260,6 +260,8 @@ def _rank_main(
             comm.core.fail(error)
             comm.close(failed=True)
         data = Outcome.of_error(error).to_bytes()
+    if comm is not None and comm.core.is_forked:
+        os._exit(0)  # a child of the rank, which has come back from the rank's function: it has no outcome of its own
     # Flushed before the outcome is sent: the launcher waits for a rank whose output is read slowly.
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
