@@ -1,8 +1,9 @@
 """`python -m bench.figures`: the figures that the project states of itself, beside those of its peers.
 
-All are emulated times, measured on this machine: nothing here says anything about UB links. A ratio is xccl's cost over
-the peer's (time, or the inverse of bandwidth): below 1 xccl is faster. The peers' figures come from another machine of
-the same kind (see `bench.peers`); the rows "one copy" and "Python spin" are there to tell how much this one differs.
+All are emulated times, measured on this machine: nothing here says anything about UB links. A figure is the median of
+blocks of operations, in the best of three passes. A ratio is xccl's cost over the peer's (time, or the inverse of
+bandwidth): below 1 xccl is faster. The peers' figures come from another machine of the same kind (see `bench.peers`);
+the rows "copy in one process" and "Python spin" are there to tell how much this one differs.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,16 +36,17 @@ _STREAM_BYTES: Final = {"64 KiB": 64 << 10, "1 MiB": 1 << 20, "4 MiB": 4 << 20, 
 _RANKS: Final = (2, 4, 8)
 _TOKENS: Final = (8, 64, 128)
 _MIB: Final = 1 << 20
+_PASSES: Final = 3
 
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation. `best` are the best blocks, where `values` are medians of blocks."""
+    """One implementation. `passes` are the medians of all passes, the best of which are the values."""
 
     name: str
     source: str
     values: peers.Values
-    best: peers.Values | None = None
+    passes: list[peers.Values] | None = None
 
 
 @dataclass
@@ -56,10 +59,17 @@ class Table:
     rows: list[Row] = field(default_factory=list)
     higher_is_better: bool = False
 
-    def measured(self, name: str, pairs: Iterable[tuple[float | None, float | None]]) -> None:
-        """Add a row of (median, best)."""
-        values, best = zip(*pairs, strict=True)
-        self.rows.append(Row(name, _HERE, values, best))
+    def measure(self, plan: dict[str, list[Callable[[], float]]]) -> None:
+        """Add rows, each with a function for each column.
+
+        Everything is measured in passes over the whole table, and the best pass counts: other work on the machine comes
+        in bursts, and would hit one cell and not its neighbour.
+        """
+        passes = [{name: tuple(cell() for cell in cells) for name, cells in plan.items()} for _ in range(_PASSES)]
+        best = max if self.higher_is_better else min
+        for name in plan:
+            of_row: list[peers.Values] = [values[name] for values in passes]
+            self.rows.append(Row(name, _HERE, tuple(map(best, *of_row)), of_row))
 
     def reference(self, figures: dict[str, peers.Values]) -> None:
         """Add the rows of peers."""
@@ -119,12 +129,16 @@ def start() -> Table:
 def latency() -> Table:
     """Half round trips between 2 ranks."""
     table = Table("Half round trip from Python, 2 ranks", "us", list(_LATENCY_BYTES))
-    for name, main in (
-        ("xccl put_signal + wait_until", ranks_code.put_signal_latency),
-        ("xccl send/recv", ranks_code.send_recv_latency),
-        ("Python spin on symmetric memory", ranks_code.python_spin_latency),
-    ):
-        table.measured(name, [ranks_code.describe(_launch(main, 2, n)[:1]) for n in _LATENCY_BYTES.values()])
+    mains = {
+        "xccl put_signal + wait_until": ranks_code.put_signal_latency,
+        "xccl send/recv": ranks_code.send_recv_latency,
+        "Python spin on symmetric memory": ranks_code.python_spin_latency,
+    }
+
+    def cell(main: Callable[..., Any], n_bytes: int) -> float:
+        return ranks_code.median_us(_launch(main, 2, n_bytes)[:1])
+
+    table.measure({name: [partial(cell, main, n) for n in _LATENCY_BYTES.values()] for name, main in mains.items()})
     table.reference(peers.LATENCY_US)
     table.ratio("xccl put_signal + wait_until", "mpi4py put + flush + flag, Open MPI")
     table.ratio("xccl put_signal + wait_until", "MPI window, NumPy copy + flag, Python spin")
@@ -136,16 +150,16 @@ def latency() -> Table:
 def bandwidth() -> Table:
     """Streams from one rank to another."""
     table = Table("Streaming bandwidth, 2 ranks", "GB/s", list(_STREAM_BYTES), higher_is_better=True)
-    for name, main, ranks in (
-        ("xccl put", ranks_code.put_stream, 2),
-        ("xccl isend stream", ranks_code.isend_stream, 2),
-        ("xccl copy in one process", ranks_code.one_copy, 1),
-    ):
-        pairs = []
-        for n_bytes in _STREAM_BYTES.values():
-            median_us, best_us = ranks_code.describe(_launch(main, ranks, n_bytes)[:1])
-            pairs.append((n_bytes / median_us / 1e3, n_bytes / best_us / 1e3))
-        table.measured(name, pairs)
+    mains = {
+        "xccl put": (ranks_code.put_stream, 2),
+        "xccl isend stream": (ranks_code.isend_stream, 2),
+        "xccl copy in one process": (ranks_code.one_copy, 1),
+    }
+
+    def cell(main: Callable[..., Any], ranks: int, n_bytes: int) -> float:
+        return n_bytes / ranks_code.median_us(_launch(main, ranks, n_bytes)[:1]) / 1e3
+
+    table.measure({name: [partial(cell, *main, n) for n in _STREAM_BYTES.values()] for name, main in mains.items()})
     table.reference(peers.BANDWIDTH_GBPS)
     table.ratio("xccl put", "mpi4py put, Open MPI")
     table.ratio("xccl isend stream", "mpi4py isend stream, Open MPI")
@@ -156,7 +170,11 @@ def bandwidth() -> Table:
 def barrier() -> Table:
     """Barriers back to back."""
     table = Table("Barrier", "us", [f"{ranks} ranks" for ranks in _RANKS])
-    table.measured("xccl", [ranks_code.describe(_launch(ranks_code.barriers, ranks)) for ranks in _RANKS])
+
+    def cell(ranks: int) -> float:
+        return ranks_code.median_us(_launch(ranks_code.barriers, ranks))
+
+    table.measure({"xccl": [partial(cell, ranks) for ranks in _RANKS]})
     table.reference(peers.BARRIER_US)
     table.ratio("xccl", "mpi4py, Open MPI")
     return table
@@ -164,17 +182,22 @@ def barrier() -> Table:
 
 def moe() -> Table:
     """Dispatch and combine back to back."""
-    columns = [f"{ranks}, {tokens}" for ranks in _RANKS for tokens in _TOKENS]
+    shapes = [(ranks, tokens) for ranks in _RANKS for tokens in _TOKENS]
+    columns = [f"{ranks}, {tokens}" for ranks, tokens in shapes]
     table = Table("Dispatch + combine back to back, by (ranks, tokens a rank)", "us", columns)
-    for experts in (32, 256):
-        for quant in ("none", "int8"):
-            pairs = []
-            for ranks in _RANKS:
-                for tokens in _TOKENS:
-                    shape = ranks_code.MoeShape(ranks, tokens, experts, quant)
-                    results = _launch(ranks_code.moe, ranks, shape)
-                    pairs.append(ranks_code.describe([result.times_us for result in results]))
-            table.measured(f"xccl, {experts} experts, {quant}", pairs)
+
+    def cell(shape: ranks_code.MoeShape) -> float:
+        return ranks_code.median_us([result.times_us for result in _launch(ranks_code.moe, shape.ranks, shape)])
+
+    table.measure(
+        {
+            f"xccl, {experts} experts, {quant}": [
+                partial(cell, ranks_code.MoeShape(ranks, tokens, experts, quant)) for ranks, tokens in shapes
+            ]
+            for experts in (32, 256)
+            for quant in ("none", "int8")
+        }
+    )
     table.reference(peers.MOE_US)
     table.ratio("xccl, 32 experts, none", "Open MPI + numba")
     table.ratio("xccl, 32 experts, none", "Open MPI + numba, dedup")
@@ -209,7 +232,7 @@ _TABLES: Final[dict[str, Callable[[], Table]]] = {
 def main() -> None:
     """Measure, print, and write JSON if asked."""
     parser = argparse.ArgumentParser(prog="python -m bench.figures", description=__doc__.split("\n\n", 1)[1])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures, with the best blocks")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures, with those of all passes")
     parser.add_argument("--only", nargs="+", choices=tuple(_TABLES), default=tuple(_TABLES), help="some of the tables")
     args = parser.parse_args()
     console = Console(width=None if os.isatty(1) else 140)

@@ -13,12 +13,14 @@ import pytest
 import xccl
 from tests.conformance.suite import Suite
 from tests.multirank.support import assert_same, bits, error_of
+from xccl.comm.core import Waiting
 from xccl.errors import CapacityError, UsageError, WaitTimeout
 
 RECORD: Final = np.dtype([("key", np.int16), ("value", np.float64), ("tag", "S3")])  # 13 bytes, fields not aligned
 DTYPES: Final = [
     np.dtype(code)
-    for code in ("?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8", "c8", "c16", ">i4", "M8[us]", "S5", "U3", "V7")
+    for code in ("?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8", "c8", "c16", ">i4", "M8[us]",
+    "S5", "U3", "V7")
 ] + [np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn), RECORD]  # fmt: skip
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
@@ -324,24 +326,29 @@ class CommunicatorSuite(Suite):
 
         assert self.run(main, 3) == [3000] * 3
 
-    def test_put_signal_never_overtakes_its_data(self) -> None:
-        rounds = 400
+    @pytest.mark.parametrize(("n", "rounds"), [(1, 300), (1 << 14, 300), (1 << 19, 20)])
+    @pytest.mark.parametrize("polling", [False, True])
+    def test_put_signal_never_overtakes_its_data(self, n: int, rounds: int, polling: bool) -> None:
+        """The largest copy takes far longer than a rank takes to wake up, and a polling one sees the signal at once."""
 
         def main(comm: xccl.Communicator) -> None:
-            a = comm.empty(1 << 14, np.int64)
+            a = comm.empty(n, np.int64)
             s = comm.signals(2)
             a.local[:] = 0
             comm.barrier()
             peer = 1 - comm.rank
             for i in range(1, rounds + 1):
-                n = 1 + (i * 997) % a.size
+                size = 1 + (i * 997) % n if i % 2 else n
                 if comm.rank == 0:
-                    op, value = ("set", i) if i % 2 else ("add", 1)
-                    comm.put_signal(a, np.full(n, i), peer=peer, signals=s, index=0, value=value, op=op, offset=a.size - n)
+                    op, value = ("set", i) if i % 3 else ("add", 1)
+                    comm.put_signal(a, np.full(size, i), peer, s, 0, value, op, offset=n - size)
                     comm.wait_until(s, 1, "ge", i)
                 else:
+                    while polling and s.read(0) < i:
+                        comm.core.check_session(lambda: Waiting("polling"))
                     assert comm.wait_until(s, 0, "ge", i) == i
-                    assert (a.local[a.size - n :] == i).all(), i
+                    assert a.local[n - 1] == i, "the last element is behind the signal"
+                    assert (a.local[n - size :] == i).all(), i
                     comm.signal(s, 1, 1, peer=peer, op="add")
 
         self.run(main)
@@ -390,7 +397,9 @@ class CommunicatorSuite(Suite):
             comm.signal(s, 1, 3, peer=comm.rank)
             start = time.monotonic()
             error = error_of(comm.wait_until, s, 1, comparison, value, timeout_s=0.05)
-            return error, time.monotonic() - start
+            seconds = time.monotonic() - start
+            comm.barrier()  # a rank that waits alone, when all others have left, is told so
+            return error, seconds
 
         for rank, (error, seconds) in enumerate(self.run(main)):
             assert isinstance(error, WaitTimeout)
@@ -419,6 +428,7 @@ class CommunicatorSuite(Suite):
                 with pytest.raises(UsageError):
                     comm.op_timeout_s = bad  # type: ignore[assignment]
             assert comm.op_timeout_s == 0.05
+            comm.barrier(timeout_s=15)
             return error
 
         for error in self.run(main, op_timeout_s=15):
@@ -507,21 +517,6 @@ class CommunicatorSuite(Suite):
         for error in errors:
             assert isinstance(error, WaitTimeout)
             assert (error.operation, error.rank, error.timeout_s) == ("barrier", 0, 0.02)
-
-    def test_many_signals_and_sleepers_lose_no_wake_up(self) -> None:
-        """Ranks that sleep in the kernel nearly always, since each waits for the one before it."""
-
-        def main(comm: xccl.Communicator) -> None:
-            s = comm.signals(1)
-            for i in range(1, 101):
-                if comm.rank == 0:
-                    comm.signal(s, 0, i, peer=1)
-                    comm.wait_until(s, 0, "ge", i)
-                else:
-                    comm.wait_until(s, 0, "ge", i)
-                    comm.signal(s, 0, i, peer=(comm.rank + 1) % comm.size)
-
-        self.run(main, 8)
 
     # -- the end ----------------------------------------------------------------------------------------------------
 

@@ -186,11 +186,12 @@ class FabricSuite(Suite):
 
     def test_an_abort_reaches_every_rank_with_last_words(self) -> None:
         def main(comm: xccl.Communicator) -> tuple[tuple[int, int] | None, str]:
-            fabric = comm.core.fabric
+            fabric, signals = comm.core.fabric, comm.signals(1)
             assert fabric.abort_word() is None
             assert fabric.last_words(1) == ""
-            comm.barrier()
+            comm.signal(signals, 0, 1, peer=1, op="add")
             if comm.rank == 1:
+                comm.wait_until(signals, 0, "eq", 3)  # no rank is in a wait, which the abort would end
                 fabric.abort(ABORT_EXCEPTION, 1, "it was the butler, naïvely")
             until(fabric.abort_word, "abort word")
             return fabric.abort_word(), fabric.last_words(1)

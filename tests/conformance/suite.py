@@ -6,8 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import xccl
-
 
 class Suite(ABC):
     """Base of the suites. A fabric's test file derives one class from each suite, and says how its ranks live and die."""
@@ -25,8 +23,3 @@ class Suite(ABC):
     @abstractmethod
     def die(self) -> NoReturn:
         """End the rank that calls this without a word to the others, as far as this fabric's ranks can."""
-
-
-def as_session(comm: xccl.Communicator) -> str:
-    """What an error or a failed check calls a rank."""
-    return f"rank {comm.rank} of {comm.size} on {comm.fabric_name}"

@@ -1,4 +1,4 @@
-"""What the fault tests share: loops for ranks to be killed in, scripts in sessions of their own, and looks into /proc."""
+"""What the fault tests share: work for ranks to be killed in, scripts in sessions of their own, looks into /proc."""
 
 from __future__ import annotations
 
@@ -96,6 +96,16 @@ def children(pid: int) -> list[int]:
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
             found += [int(word) for word in path.read_text().split()]
+    return found
+
+
+def children_left() -> list[int]:
+    """Children of this process, but for the helper that Python itself keeps once it has spawned."""
+    found = []
+    for pid in children(os.getpid()):
+        with contextlib.suppress(OSError):
+            if b"multiprocessing.resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
     return found
 
 

@@ -17,7 +17,7 @@ from tests.faults.support import (
     NOTICE_S,
     PATIENCE_S,
     SESSION_OVER,
-    children,
+    children_left,
     run_for_ever,
     segment_names,
     wait_for,
@@ -48,7 +48,7 @@ def session_names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def assert_nothing_left(session_names: list[str]) -> None:
     left = [name for name in segment_names() if name.startswith(tuple(session_names))]
     assert not left
-    assert not children(os.getpid())
+    assert not children_left()
 
 
 def loop_and_tell(comm: xccl.Communicator, operation: str) -> None:
@@ -135,9 +135,9 @@ def test_kill_at_a_random_moment_of_the_start(seed: int, session_names: list[str
     killed: list[int] = []
 
     def kill() -> None:
-        wait_for(lambda: len(children(me)) > which, "child to kill")
+        wait_for(lambda: len(children_left()) > which, "child to kill")
         time.sleep(after_s)
-        killed.append(sorted(children(me))[which])
+        killed.append(sorted(children_left())[which])
         os.kill(killed[0], signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
@@ -157,7 +157,7 @@ def test_kill_at_a_random_moment_of_the_start(seed: int, session_names: list[str
 def test_kill_at_each_stage_of_the_start(
     method: str, name_is_left: bool, session_names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before it has a segment, before it attaches the others, before its name goes: the launcher removes what is left."""
+    """Before it has a segment, before it attaches the others, before its name goes: nothing stays."""
     victim = 1
     original = getattr(ShmFabric, method)
     remove_session = processes.remove_session

@@ -161,7 +161,8 @@ class Shape:
             idx[rng.random(idx.shape) < no_expert] = -1
             idxs.append(idx)
             weights.append(numbers(rng, (n, self.top_k), FP32, kind))
-        dispatched = reference.dispatch(xs, idxs, self.num_experts, self.quant)
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            dispatched = reference.dispatch(xs, idxs, self.num_experts, self.quant)
         outs = [numbers(rng, (len(r.source), self.hidden), self.dtype, kind) for r in dispatched]
         ys = reference.combine(outs, dispatched, weights, idxs)
         return Round(xs, idxs, outs, weights, dispatched, ys)

@@ -80,25 +80,24 @@ class Communicator:
         """
         self.core.require_open()
         try:
-            dims = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
-            element: np.dtype[Any] = np.dtype(dtype)
-        except TypeError as error:
-            raise UsageError(
-                f"empty() needs a shape and a dtype, got {shape!r} and {dtype!r}", value=repr(shape)
-            ) from error
-        if len(dims) > 10:
-            raise UsageError(f"a symmetric array has at most 10 dimensions, got {len(dims)}", value=len(dims), bound=10)
-        dims = tuple(require_int(n, f"shape[{i}]", 0, 1 << 48) for i, n in enumerate(dims))
-        if element.hasobject or element.itemsize == 0 or element.subdtype is not None:
-            raise UsageError(f"dtype {element} cannot live in shared memory", value=str(element))
-        if math.prod(dims) * element.itemsize > 1 << 52:
-            raise UsageError(f"shape {dims} of {element} is too large", value=dims, bound=1 << 52)
+            dims, element = _require_shape(shape, dtype)
+        except UsageError as error:
+            self.core.refuse("empty", error)
         return SymmetricArray(self.core, self.app_allocator, dims, element)
 
     def signals(self, count: int) -> Signals:
-        """`count` signal words in each rank's segment, all 0; collective."""
+        """`count` signal words in each rank's segment, all 0; collective.
+
+        Raises:
+            UsageError: count is out of range, or differs between ranks (then at all of them).
+            CapacityError: the app data area or the memory is exhausted.
+        """
         self.core.require_open()
-        return Signals(self.core, self.app_allocator, require_int(count, "count", 1, 1 << 20))
+        try:
+            count = require_int(count, "count", 1, 1 << 20)
+        except UsageError as error:
+            self.core.refuse("signals", error)
+        return Signals(self.core, self.app_allocator, count)
 
     # -- one-sided --------------------------------------------------------------------------------------------------
 
@@ -365,6 +364,22 @@ class Communicator:
         if error is not None:
             self.core.fail(error)
         self.close(failed=error is not None)
+
+
+def _require_shape(shape: Any, dtype: npt.DTypeLike) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    try:
+        dims = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
+        element: np.dtype[Any] = np.dtype(dtype)
+    except TypeError as error:
+        raise UsageError(f"empty() needs a shape and a dtype, got {shape!r}, {dtype!r}", value=repr(shape)) from error
+    if len(dims) > 10:
+        raise UsageError(f"a symmetric array has at most 10 dimensions, got {len(dims)}", value=len(dims), bound=10)
+    dims = tuple(require_int(n, f"shape[{i}]", 0, 1 << 48) for i, n in enumerate(dims))
+    if element.hasobject or element.itemsize == 0 or element.subdtype is not None:
+        raise UsageError(f"dtype {element} cannot live in shared memory", value=str(element))
+    if math.prod(dims) * element.itemsize > 1 << 52:
+        raise UsageError(f"shape {dims} of {element} is too large", value=dims, bound=1 << 52)
+    return dims, element
 
 
 def _overlaps(array: npt.NDArray[Any], address: int) -> bool:

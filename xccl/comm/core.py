@@ -36,6 +36,9 @@ _MAX_TIMEOUT_S = 1e9
 #: Collective calls by name; the number identifies the call in an agreement.
 _CALLS = ("empty", "signals", "free", "ExpertParallel", "close")
 
+#: How a rank takes part in an agreement: willingly, without room for it, or with an argument that is impossible.
+_FINE, _FULL, _REFUSED = 0, 1, 2
+
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
@@ -92,6 +95,7 @@ class Core:
         #: Drives requests that are under way; None while there are none.
         self.progress: Callable[[], object] | None = None
         self._agreements = 0
+        self._agreed = True
         self._cursor = np.zeros(1, np.int64)
         self._cursor_address: int = self._cursor.ctypes.data
         self._values = np.zeros(AGREE_MAX_VALUES, np.int64)
@@ -158,7 +162,7 @@ class Core:
                 if status == wait.PENDING:
                     now_waiting = describe()
                     if now_waiting.peer == waiting.peer:
-                        self.raise_left(now_waiting)
+                        raise self.left(now_waiting)
                     status = wait.SLICE  # that peer had done its part; it is another one now
                 continue
             if self.progress is not None:
@@ -208,12 +212,12 @@ class Core:
         others = [self.fabric.state(r) == STATE_LEFT for r in range(self.size) if r != self.rank]
         return bool(others) and (any(others) if waiting.everyone else all(others))
 
-    def raise_left(self, waiting: Waiting) -> NoReturn:
-        """Raise PeerDied for a rank that has left."""
+    def left(self, waiting: Waiting) -> PeerDied:
+        """The error for a wait for a rank that has left."""
         left = [r for r in range(self.size) if r != self.rank and self.fabric.state(r) == STATE_LEFT]
         peer = waiting.peer if waiting.peer is not None else left[0]
         reason = "has finished and left the session"
-        raise PeerDied(
+        return PeerDied(
             f"rank {self.rank}: rank {peer} {reason}, during {waiting}", rank=self.rank, peer=peer, reason=reason
         )
 
@@ -228,36 +232,59 @@ class Core:
             failure: why this rank cannot do it although its arguments are fine.
 
         Raises:
-            UsageError: ranks differ, in the call or in an argument; raised by all of them, with the values.
+            UsageError: ranks differ, in the call or in an argument, or one has refused; raised by all of them.
             XcclError: `failure` at the rank that has one, CapacityError at the others.
         """
-        self._agreements += 1
-        epoch = self._agreements
-        values = [_CALLS.index(call), int(failure is not None), *arguments.values()]
+        self._await_agreement(call)
+        values = [_CALLS.index(call), _FULL if failure else _FINE, *arguments.values()]
+        self._publish(values)
+        self._await_agreement(call)
+        records = self.fabric.view(self.rank, AGREEMENT_OFFSET, self.size * 2 * AGREEMENT.size_bytes)
+        seen = records.view(np.int64).reshape(self.size, 2, -1)[:, self._agreements % 2, 1 : 1 + len(values)].copy()
+        self._compare(call, arguments, seen)
+        if failure is not None:
+            raise failure
+        failed = np.flatnonzero(seen[:, 1] == _FULL)
+        if failed.size:
+            raise CapacityError(f"{call}: rank {failed[0]} has no room for it, so no rank goes on", peer=int(failed[0]))
+
+    def refuse(self, call: str, error: UsageError) -> NoReturn:
+        """Raise `error` at once, and let the same call of the other ranks fail instead of waiting for this one."""
+        self._await_agreement(call)
+        self._publish([_CALLS.index(call), _REFUSED])
+        raise error
+
+    def _publish(self, values: list[int]) -> None:
+        """Write this rank's part of the next agreement to all ranks."""
+        self._agreements = epoch = self._agreements + 1
+        self._agreed = False
         self._values[: len(values)] = values
         offset = self.fabric.geometry.agreement_offset(self.rank, epoch)
-        onesided.agree(
-            self.segments_address, self.size, offset, self._values.ctypes.data, len(values), epoch
-        )  # fmt: skip
+        onesided.agree.call(self.segments_address, self.size, offset, self._values.ctypes.data, len(values), epoch)
+
+    def _await_agreement(self, call: str) -> None:
+        """Wait for everybody's part of the last agreement, unless that was done.
+
+        A rank that refuses does not wait; it waits before its next agreement, so that it is never two ahead.
+        """
+        if self._agreed:
+            return
+        epoch = self._agreements
         first = int(self.fabric.segments[self.rank]) + self.fabric.geometry.agreement_offset(0, epoch)
         try:
             self.wait_all(first, 2 * AGREEMENT.size_bytes, epoch, call)
         except BaseException as error:
             self.broken = f"the collective call {call}() was given up in the middle ({type(error).__name__})"
             raise
-        records = self.fabric.view(self.rank, AGREEMENT_OFFSET, self.size * 2 * AGREEMENT.size_bytes)
-        seen = records.view(np.int64).reshape(self.size, 2, -1)[:, epoch % 2, 1 : 1 + len(values)].copy()
-        self._compare(call, arguments, seen)
-        if failure is not None:
-            raise failure
-        failed = np.flatnonzero(seen[:, 1])
-        if failed.size:
-            raise CapacityError(f"{call}: rank {failed[0]} has no room for it, so no rank goes on", peer=int(failed[0]))
+        self._agreed = True
 
     def _compare(self, call: str, arguments: dict[str, int], seen: np.ndarray) -> None:
         if (seen[:, 0] != seen[0, 0]).any():
             calls = {r: _CALLS[int(c)] if 0 <= c < len(_CALLS) else f"call {c}" for r, c in enumerate(seen[:, 0])}
             raise UsageError(f"ranks disagree in the collective call they make: {_grouped(calls)}", value=call)
+        refused = np.flatnonzero(seen[:, 1] == _REFUSED).tolist()
+        if refused:
+            raise UsageError(f"{call}: rank {refused[0]} was given an impossible argument", value=call, peer=refused[0])
         for i, name in enumerate(arguments, start=2):
             if (seen[:, i] != seen[0, i]).any():
                 by_rank = {r: int(v) for r, v in enumerate(seen[:, i])}

@@ -136,6 +136,31 @@ class ExpertParallel:
     ) -> None:
         self._core: Core = comm.core
         self._core.require_open()
+        try:
+            code = self._set_shape(num_experts, hidden, top_k, max_tokens, dtype, quant, protocol)
+        except UsageError as error:
+            self._core.refuse("ExpertParallel", error)
+        self._is_int8 = self.quant == "int8"
+        self.token_dtype: np.dtype[Any] = np.dtype(np.int8) if self._is_int8 else self.dtype
+        self._row_bytes = self.hidden * self.token_dtype.itemsize
+        self._return_bytes = self.hidden * self.dtype.itemsize
+        self._pool = BufferPool()
+        self._broken: str | None = None
+        #: Called with (operation, step) before each step; for tests and tools.
+        self.on_step: Callable[[str, str], None] | None = None
+        self._allocate(comm, code)
+
+    def _set_shape(
+        self,
+        num_experts: int,
+        hidden: int,
+        top_k: int,
+        max_tokens: int,
+        dtype: npt.DTypeLike,
+        quant: str | None,
+        protocol: str,
+    ) -> int:
+        """Check and keep the arguments; the code of the dtype."""
         ranks = self._core.size
         self.num_experts = require_int(num_experts, "num_experts", 1, 1 << 20)
         if self.num_experts % ranks:
@@ -151,15 +176,7 @@ class ExpertParallel:
         self.dtype, code = _require_dtype(dtype)
         self.quant = _require_choice(quant if quant is not None else "none", "quant", ("int8", "none"))
         self.protocol = _require_choice(protocol, "protocol", ("pull",))
-        self._is_int8 = self.quant == "int8"
-        self.token_dtype: np.dtype[Any] = np.dtype(np.int8) if self._is_int8 else self.dtype
-        self._row_bytes = self.hidden * self.token_dtype.itemsize
-        self._return_bytes = self.hidden * self.dtype.itemsize
-        self._pool = BufferPool()
-        self._broken: str | None = None
-        #: Called with (operation, step) before each step; for tests and tools.
-        self.on_step: Callable[[str, str], None] | None = None
-        self._allocate(comm, code)
+        return code
 
     def _allocate(self, comm: Any, code: int) -> None:
         core, ranks = self._core, self._core.size

@@ -190,9 +190,9 @@ class PointToPoint:
             raise request.error
 
     def require_idle(self) -> None:
-        """Raise UsageError if requests are under way."""
+        """Raise UsageError if requests are under way that somebody could still complete."""
         self.drive()
-        if self._active:
+        if self._active and self.core.fabric.abort_word() is None:
             what = "; ".join(str(request.describe()) for request in self._active[:4])
             raise UsageError(
                 f"rank {self.core.rank} cannot leave: {len(self._active)} requests are under way ({what}); wait first",
@@ -211,7 +211,7 @@ class PointToPoint:
         if self._look(request) == PENDING:
             self.core.check_session(request.describe)
             if self.core.has_left(request.describe()) and self._look(request) == PENDING:
-                self.core.raise_left(request.describe())
+                self._end(request, self.core.left(request.describe()))
 
     def wait(self, request: Request, timeout_s: float) -> None:
         """Drive all requests until this one is done."""

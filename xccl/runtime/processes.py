@@ -231,7 +231,15 @@ def _die_with_parent(parent_pid: int) -> None:
         os._exit(1)
 
 
-def _rank_main(
+def _rank_main(*arguments: Any) -> None:
+    """The target of a rank's process: its life, and a quiet end if Ctrl-C strikes before or after it."""
+    try:
+        _live(*arguments)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def _live(
     connection: Connection,
     rank: int,
     session_id: bytes,
@@ -244,11 +252,11 @@ def _rank_main(
     kwargs: dict[str, Any],
 ) -> None:
     """The life of a rank's process."""
-    signal.signal(signal.SIGTERM, _terminated)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    _die_with_parent(parent_pid)
     comm: Communicator | None = None
     try:
+        signal.signal(signal.SIGTERM, _terminated)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _die_with_parent(parent_pid)
         warm()
         fabric = ShmFabric(session_id, rank, geometry)
         report = (lambda message: connection.send(("report", message))) if reporting else None

@@ -1,0 +1,158 @@
+"""No operation overwrites what a slow peer still reads: each rank in turn is slow at each step of dispatch and of
+combine.
+
+The proof is in `xccl.comm.moe`; this is the experiment. All operations follow one another without a barrier, every one
+has other data, and all results are checked bit for bit. While one rank sleeps before a step, the others run ahead as
+far as the protocol lets them, since a step takes them microseconds. (Without step 0, the wait for peers that still
+pull, these tests fail: the next operation's rows arrive in the place of this one's.)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import xccl
+from tests.multirank.support import Round, Shape, launch
+
+RANKS = 3
+#: A hundred times what an operation of this size takes.
+DELAY_S = 0.004
+STEPS = ("await-pulled", "write", "announce", "await-fields", "pull", "release")
+#: Operations between two delays, and at the end: enough for a fast rank to come around to the same memory twice.
+BACK_TO_BACK = 4
+
+SHAPE = Shape(num_experts=6, hidden=130, top_k=4, max_tokens=16, quant="int8")
+ROUNDS = [SHAPE.round(i, [(7 * i + 5) % 17, 16, (3 * i) % 17], no_expert=0.05) for i in range(6)]
+
+
+class Sleeper:
+    """The `on_step` hook of a rank: sleeps before one step of one operation, when it is this rank's turn."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._at: tuple[str, str] | None = None
+        self.seen: list[tuple[str, str]] = []
+
+    def __call__(self, operation: str, step: str) -> None:
+        self.seen.append((operation, step))
+        if self._at == (operation, step):
+            time.sleep(DELAY_S)
+
+    def slow(self, rank: int, operation: str, step: str) -> None:
+        """From now on, rank `rank` is slow at this step."""
+        self._at = (operation, step) if rank == self._rank else None
+
+
+def delays(operations: tuple[str, ...]) -> Iterator[tuple[int, str, str]]:
+    """Every rank at every step."""
+    for operation in operations:
+        for step in STEPS:
+            for rank in range(RANKS):
+                yield rank, operation, step
+
+
+def dispatch_only(comm: xccl.Communicator, ep: xccl.ExpertParallel) -> Callable[[int, Round, str], None]:
+    """Nothing but dispatches."""
+    return lambda i, r, what: r.check_dispatched(comm.rank, r.dispatch(comm.rank, ep, what), what)
+
+
+def combine_only(comm: xccl.Communicator, ep: xccl.ExpertParallel) -> Callable[[int, Round, str], None]:
+    """Nothing but combines, of handles that were all made at the start."""
+    handles = {id(r): r.dispatch(comm.rank, ep) for r in ROUNDS}
+
+    def operate(i: int, r: Round, what: str) -> None:
+        r.combine(comm.rank, ep, handles[id(r)], what)
+
+    return operate
+
+
+def in_turn(comm: xccl.Communicator, ep: xccl.ExpertParallel) -> Callable[[int, Round, str], None]:
+    """Dispatch and combine, as a layer does."""
+    return lambda i, r, what: r.run(comm.rank, ep, what)
+
+
+def mixed(comm: xccl.Communicator, ep: xccl.ExpertParallel) -> Callable[[int, Round, str], None]:
+    """Two dispatches for each combine, and the combine is that of the dispatch before."""
+
+    def operate(i: int, r: Round, what: str) -> None:
+        first = r.dispatch(comm.rank, ep, what)
+        other = ROUNDS[(i + 1) % len(ROUNDS)]
+        other.dispatch(comm.rank, ep, what)
+        r.combine(comm.rank, ep, first, what)
+
+    return operate
+
+
+@pytest.mark.parametrize(
+    ("kind", "slow_in"),
+    [
+        (dispatch_only, ("dispatch",)),
+        (combine_only, ("combine",)),
+        (in_turn, ("dispatch", "combine")),
+        (mixed, ("dispatch", "combine")),
+    ],
+    ids=["dispatch_only", "combine_only", "in_turn", "mixed"],
+)
+def test_a_slow_rank_reads_what_was_meant_for_it(fabric: str, kind: Any, slow_in: tuple[str, ...]) -> None:
+    def main(comm: xccl.Communicator) -> set[tuple[str, str]]:
+        ep = SHAPE.expert_parallel(comm)
+        operate = kind(comm, ep)
+        sleeper = Sleeper(comm.rank)
+        ep.on_step = sleeper
+        i = 0
+        for rank, operation, step in delays(slow_in):
+            # Slow in the middle of operations that go on before and after.
+            for n in range(BACK_TO_BACK):
+                if n == 1:
+                    sleeper.slow(rank, operation, step)
+                elif n == 3:
+                    sleeper.slow(-1, operation, step)
+                what = f"rank {rank} slow at {step} of {operation}, operation {n} ({i}): "
+                operate(i, ROUNDS[i % len(ROUNDS)], what)
+                i += 1
+        return set(sleeper.seen)
+
+    every_step = {(operation, step) for operation in slow_in for step in STEPS}
+    for seen in launch(main, RANKS, fabric):
+        assert seen >= every_step, "a step was renamed, and its delay never happened"
+
+
+def test_two_slow_ranks_and_a_fast_one(fabric: str) -> None:
+    """One rank is slow to pull and another slow to write, all the time: the fast one is held back by both."""
+    slow_at = {0: ("dispatch", "pull"), 1: ("dispatch", "write"), 2: None}
+
+    def main(comm: xccl.Communicator) -> None:
+        ep = SHAPE.expert_parallel(comm)
+        sleeper = Sleeper(comm.rank)
+        at = slow_at[comm.rank]
+        if at is not None:
+            sleeper.slow(comm.rank, *at)
+        ep.on_step = sleeper
+        for i in range(12):
+            ROUNDS[i % len(ROUNDS)].run(comm.rank, ep, f"operation {i}, ")
+
+    launch(main, RANKS, fabric)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_rank_that_stops_at_a_step_is_waited_for(fabric: str, step: str) -> None:
+    """A long stop, much longer than the time in which a rank goes from spinning to sleeping."""
+
+    def main(comm: xccl.Communicator) -> None:
+        ep = SHAPE.expert_parallel(comm)
+        stopped: list[str] = []
+
+        def stop_once(operation: str, at: str) -> None:
+            if comm.rank == 1 and at == step and operation not in stopped:
+                stopped.append(operation)
+                time.sleep(0.08)
+
+        ep.on_step = stop_once
+        for i in range(4):
+            ROUNDS[i].run(comm.rank, ep, f"operation {i}, ")
+
+    launch(main, RANKS, fabric)

@@ -1,0 +1,104 @@
+"""Dispatch and combine equal the oracle bit for bit, for any shape, routing and numbers.
+
+An example is a session: some ranks, an ExpertParallel object or two, and several rounds of dispatch and combine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import xccl
+from tests.multirank.support import BF16, FLOATS, FP16, FP32, KINDS, Round, Shape, launch
+
+#: Elements of all rows of a round, so that an example takes tens of milliseconds.
+BUDGET = 1_500_000
+
+
+@dataclass(frozen=True)
+class Session:
+    """An example."""
+
+    ranks: int
+    shape: Shape
+    #: For each round: seed, tokens of each rank, kind of numbers, part of slots without expert, few experts only.
+    rounds: list[tuple[int, list[int], str, float, bool]]
+    #: Dispatches that are under way before the first combine.
+    depth: int = 1
+
+    def run(self, fabric: str) -> None:
+        """Run and check it."""
+        rounds = [self.shape.round(seed, t, kind, no_expert=p, hot=hot) for seed, t, kind, p, hot in self.rounds]
+
+        def main(comm: xccl.Communicator) -> None:
+            ep = self.shape.expert_parallel(comm)
+            under_way: list[tuple[Round, xccl.Dispatched]] = []
+            for r in rounds:
+                under_way.append((r, r.dispatch(comm.rank, ep)))
+                if len(under_way) >= self.depth:
+                    first, d = under_way.pop(0)
+                    first.combine(comm.rank, ep, d)
+            for r, d in under_way:
+                r.combine(comm.rank, ep, d)
+
+        launch(main, self.ranks, fabric)
+
+
+@st.composite
+def sessions(draw: st.DrawFn) -> Session:
+    """Any session of the issue: ranks 1-8, tokens 0-200 ragged, hidden 1-7168, top-k 1-16, experts 1-512."""
+    ranks = draw(st.integers(1, 8))
+    # Sizes around those where loops change their step, and any other.
+    hidden = draw(
+        st.one_of(
+            st.integers(1, 300),
+            st.integers(1, 7168),
+            st.sampled_from([15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 1023, 1024, 7167, 7168]),
+        )
+    )
+    top_k = draw(st.integers(1, 16))
+    experts = ranks * draw(st.one_of(st.integers(1, 4), st.integers(1, 512 // ranks)))
+    most = max(1, min(200, BUDGET // (ranks * hidden * top_k)))
+    tokens = st.one_of(st.integers(0, most), st.sampled_from([0, 1, most]))
+    rounds = draw(
+        st.lists(
+            st.tuples(
+                st.integers(0, 2**32 - 1),
+                st.lists(tokens, min_size=ranks, max_size=ranks),
+                st.sampled_from(KINDS),
+                st.sampled_from([0.0, 0.1, 0.6, 1.1]),
+                st.booleans(),
+            ),
+            min_size=1,
+            max_size=4,
+        )
+    )
+    needed = max(max(t) for _, t, _, _, _ in rounds)
+    shape = Shape(
+        num_experts=experts,
+        hidden=hidden,
+        top_k=top_k,
+        max_tokens=draw(st.sampled_from([needed, max(needed, most)])),
+        dtype=draw(st.sampled_from(FLOATS)),
+        quant=draw(st.sampled_from(["int8", "none"])),
+    )
+    return Session(ranks, shape, rounds, depth=draw(st.integers(1, 3)))
+
+
+@given(session=sessions())
+@example(
+    # The corners of the issue, as far as they go together in a second.
+    session=Session(8, Shape(512, 7168, 16, 200, BF16, "int8"), [(1, [2] * 8, "wide", 0.0, False)]),
+)
+@example(session=Session(8, Shape(512, 1, 16, 200, FP32, "int8"), [(2, [200] * 8, "any bits", 0.1, False)]))
+@example(session=Session(8, Shape(8, 3, 16, 200, FP16, "none"), [(3, [0, 200] * 4, "any bits", 0.0, True)] * 3))
+@example(session=Session(1, Shape(1, 7168, 1, 200, BF16, "int8"), [(4, [200], "specials", 0.0, False)]))
+@example(session=Session(1, Shape(512, 7167, 16, 1, FP32, "none"), [(5, [1], "specials", 0.0, False)]))
+@example(session=Session(7, Shape(7, 5, 1, 0, BF16, "int8"), [(6, [0] * 7, "normal", 0.0, False)] * 2))
+@settings(max_examples=150)
+@pytest.mark.timeout(110)
+def test_any_session(fabric: str, session: Session) -> None:
+    session.run(fabric)
