@@ -130,7 +130,7 @@ def test_several_die_at_once(operation: str, session_names: list[str]) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_kill_at_a_random_moment_of_the_start(seed: int, session_names: list[str]) -> None:
     rng = random.Random(seed)
-    ranks, me = 5, os.getpid()
+    ranks = 5
     which, after_s = rng.randrange(ranks), rng.uniform(0.0, 0.015)
     killed: list[int] = []
 

@@ -89,7 +89,10 @@ def isend(comm: xccl.Communicator) -> Round:
 
 
 def refusal(comm: xccl.Communicator) -> Round:
-    """A sender is told at once that its message is refused, and not by what the receiver does next on the channel."""
+    """A sender is told at once that its message is refused, and not by what the receiver does next on the channel.
+
+    A good message follows, so that the next refusal finds nothing to drop first, which would wake the sender.
+    """
     peer, out = comm.rank ^ 1, np.zeros(500, np.uint8)
 
     def run(i: int) -> None:
@@ -100,6 +103,10 @@ def refusal(comm: xccl.Communicator) -> Round:
                 time.sleep(LATE_S)
                 comm.recv(out, src=peer, event_id=2 * i + 1)
         comm.barrier()
+        if comm.rank % 2:
+            comm.send(out[:1], dst=peer, event_id=i)
+        else:
+            comm.recv(out[:1], src=peer, event_id=i)
 
     return run
 
