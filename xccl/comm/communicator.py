@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from ..errors import UsageError
 from ..fabric import Fabric
-from ..kernels import onesided
-from ..layout.segment import EXPERT_METADATA_BYTES
+from ..kernels import onesided, words
+from ..layout.segment import CTL_BARRIER_ARRIVALS, EXPERT_METADATA_BYTES
 from .buffers import address_of, readable, require_int, writable
 from .core import Core, Waiting, require_timeout
 from .p2p import PointToPoint, Request
@@ -283,10 +283,15 @@ class Communicator:
         timeout_s = core.op_timeout_s if timeout_s is None else require_timeout(timeout_s)
         self._barriers = epoch = self._barriers + 1
         call, args = onesided.barrier.call, (core.control, core.controls_address, self.size, epoch, self._arrived)
+        arrivals_address = int(core.fabric.controls[0]) + CTL_BARRIER_ARRIVALS
+
+        def describe() -> Waiting:
+            # Once all have arrived, one that was released earlier than this rank may have left: it is not missed.
+            arrivals = int(words.load(arrivals_address)) - (epoch - 1) * self.size
+            return Waiting("barrier", epoch, expected=self.size, seen=arrivals, everyone=arrivals < self.size)
+
         try:
-            core.run(
-                lambda until_ns: int(call(*args, until_ns)), lambda: Waiting("barrier", epoch, everyone=True), timeout_s
-            )  # fmt: skip
+            core.run(lambda until_ns: int(call(*args, until_ns)), describe, timeout_s)
         except BaseException:
             self._barriers = epoch - 1
             raise

@@ -156,6 +156,8 @@ class Core:
         while status in (wait.SLICE, wait.ABORTED):
             self.check_session(describe)
             waiting = describe()
+            if time.monotonic_ns() >= deadline_ns:
+                raise self.timed_out(waiting, timeout_s)
             if self.has_left(waiting):
                 # It may have done its part before it left: look once more, without waiting.
                 status = step(0)
@@ -167,8 +169,6 @@ class Core:
                 continue
             if self.progress is not None:
                 self.progress()
-            if time.monotonic_ns() >= deadline_ns:
-                raise self.timed_out(waiting, timeout_s)
             status = step(self.until_ns(deadline_ns))
         return status
 
