@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from . import reference
 from .communicator import Communicator
-from .moe import Dispatched, ExpertParallel
+from .dispatched import Dispatched
+from .moe import ExpertParallel
 from .p2p import Request
 from .symmetric import Signals, SymmetricArray
 

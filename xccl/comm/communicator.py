@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,6 +16,8 @@ from ..errors import UsageError
 from ..fabric import Fabric
 from ..kernels import onesided, words
 from ..layout.segment import CTL_BARRIER_ARRIVALS, EXPERT_METADATA_BYTES
+from ..trace.record import Recorder
+from . import traced
 from .buffers import address_of, readable, require_int, writable
 from .core import Core, Waiting, require_timeout
 from .p2p import PointToPoint, Request
@@ -48,10 +52,12 @@ class Communicator:
         self.heap_allocator = SymmetricAllocator("managed data area", geometry.heap_offset, geometry.heap_bytes)
         self._report = report
         self._p2p = PointToPoint(self.core)
+        self._controls: list[int] = fabric.controls.tolist()
         self._barriers = 0
-        self._scratch = np.zeros(2, np.int64)
+        #: Numbers of the last barrier at which this rank arrived, and of the last that it released; a signal's value.
+        self._scratch = np.zeros(3, np.int64)
         self._arrived: int = self._scratch.ctypes.data
-        self._seen: int = self._arrived + 8
+        self._seen: int = self._arrived + 16
 
     def __repr__(self) -> str:
         return f"Communicator(rank={self.rank}, size={self.size}, fabric={self.fabric_name!r})"
@@ -115,8 +121,11 @@ class Communicator:
         """
         source = readable(source, "source")
         address = self._remote(target, source, peer, offset, "source")
-        source = _apart(source, address)
-        onesided.copy.call(address, address_of(source), source.nbytes)
+        source, source_address = _apart(source, address)
+        operation = None if self.core.trace is None else self.core.trace.start("put", stage="put")
+        onesided.copy.call(address, source_address, source.nbytes)
+        if operation is not None:
+            operation.finish(partial(traced.moved, "put", int(peer), source.nbytes))
 
     def get(self, destination: npt.NDArray[Any], source: SymmetricArray, peer: int, offset: int = 0) -> None:
         """Copy from rank `peer`'s copy of `source` into `destination`; complete on return.
@@ -132,17 +141,23 @@ class Communicator:
         """
         destination = writable(destination, "destination")
         address = self._remote(source, destination, peer, offset, "destination")
-        if _overlaps(destination, address):
+        operation = None if self.core.trace is None else self.core.trace.start("get", stage="get")
+        destination_address = address_of(destination)
+        if _overlaps(destination_address, address, destination.nbytes):
             middle = np.empty_like(destination)
             onesided.copy.call(address_of(middle), address, middle.nbytes)
             destination[...] = middle
         else:
-            onesided.copy.call(address_of(destination), address, destination.nbytes)
+            onesided.copy.call(destination_address, address, destination.nbytes)
+        if operation is not None:
+            operation.finish(partial(traced.moved, "get", int(peer), destination.nbytes))
 
     def _remote(self, target: SymmetricArray, array: npt.NDArray[Any], peer: int, offset: int, name: str) -> int:
         """Address of element `offset` at `peer`, after all checks."""
         if not isinstance(target, SymmetricArray):
-            raise UsageError(f"the remote side must be a symmetric array, got {type(target).__name__}", value=target)
+            raise UsageError(
+                f"the remote side must be a symmetric array, got {type(target).__name__}", value="no array"
+            )
         target.require_alive()
         peer = require_int(peer, "peer", 0, self.size - 1)
         if array.dtype != target.dtype:
@@ -170,7 +185,7 @@ class Communicator:
         signals.require_alive()
         index = require_int(index, "index", 0, signals.count - 1)
         peer = require_int(peer, "peer", 0, self.size - 1)
-        return signals.addresses[peer] + index * Signals.STRIDE_BYTES, int(self.core.fabric.controls[peer])
+        return signals.addresses[peer] + index * Signals.STRIDE_BYTES, self._controls[peer]
 
     def put_signal(
         self,
@@ -203,8 +218,11 @@ class Communicator:
         word, control = self._signal_word(signals, index, peer)
         value = require_int(value, "value", *_INT64)
         add = _require_op(op)
-        source = _apart(source, destination)
-        onesided.put_signal.call(destination, address_of(source), source.nbytes, word, value, add, control)
+        source, source_address = _apart(source, destination)
+        operation = None if self.core.trace is None else self.core.trace.start("put_signal", stage="put-signal")
+        onesided.put_signal.call(destination, source_address, source.nbytes, word, value, add, control)
+        if operation is not None:
+            operation.finish(partial(traced.moved, "put-signal", int(peer), source.nbytes, signalled=True))
 
     def signal(self, signals: Signals, index: int, value: int, peer: int, op: str = "set") -> None:
         """Set or add to a signal word of rank `peer`, after all that this rank put before.
@@ -220,7 +238,11 @@ class Communicator:
             UsageError: an argument is wrong.
         """
         word, control = self._signal_word(signals, index, peer)
-        onesided.signal.call(word, require_int(value, "value", *_INT64), _require_op(op), control)
+        value, add = require_int(value, "value", *_INT64), _require_op(op)
+        operation = None if self.core.trace is None else self.core.trace.start("signal", stage="signal")
+        onesided.signal.call(word, value, add, control)
+        if operation is not None:
+            operation.finish(partial(traced.signals, "signal", "signal", [int(peer)]))
 
     def wait_until(
         self, signals: Signals, index: int, comparison: str, value: int, timeout_s: float | None = None
@@ -253,12 +275,15 @@ class Communicator:
         call, seen = onesided.wait_until.call, self._seen
 
         what = f"wait_until signal {index} {comparison} {value}"
+        operation = None if self.core.trace is None else self.core.trace.start("wait_until", stage="wait")
         self.core.run(
             lambda until_ns: int(call(control, word, code, value, seen, until_ns)),
-            lambda: Waiting(what, expected=value, seen=int(self._scratch[1])),
+            lambda: Waiting(what, expected=value, seen=int(self._scratch[2])),
             timeout_s,
         )
-        return int(self._scratch[1])
+        if operation is not None:
+            operation.finish(partial(traced.waits, "wait", "signal"))
+        return int(self._scratch[2])
 
     def fence(self) -> None:
         """Order: what this rank put before is seen by a peer before what it puts after."""
@@ -290,11 +315,17 @@ class Communicator:
             arrivals = int(words.load(arrivals_address)) - (epoch - 1) * self.size
             return Waiting("barrier", epoch, expected=self.size, seen=arrivals, everyone=arrivals < self.size)
 
+        operation = None if core.trace is None else core.trace.start("barrier", epoch)
+        arrives = self._scratch[0] != epoch
         try:
             core.run(lambda until_ns: int(call(*args, until_ns)), describe, timeout_s)
         except BaseException:
             self._barriers = epoch - 1
             raise
+        if operation is not None:
+            released = bool(arrives and self._scratch[1] == epoch)
+            operation.overlap("arrive", "release", "await-release")
+            operation.finish(partial(traced.barrier, ranks=self.size, arrived=bool(arrives), released=released))
 
     # -- send and receive -------------------------------------------------------------------------------------------
 
@@ -336,6 +367,26 @@ class Communicator:
         return self._p2p.start(buffer, src, event_id, lanes, sending=False)
 
     # -- session ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def trace(self) -> Iterator[Recorder]:
+        """Record what the operations of this rank do inside of a `with` block.
+
+        What begins in the block is recorded: its stages, and when it is finished, what it has moved, signalled, awaited
+        and computed, in the terms of `xccl.protocol`. Recorders may be returned from the rank's function, and exported
+        by `xccl.trace.chrome`.
+
+        Raises:
+            UsageError: operations are recorded already.
+        """
+        self.core.require_open()
+        if self.core.trace is not None:
+            raise UsageError("operations are recorded already: leave the other trace() first", value="nested")
+        recorder = self.core.trace = Recorder(self.rank)
+        try:
+            yield recorder
+        finally:
+            self.core.trace = None
 
     def report(self, message: Any) -> None:
         """Send a picklable object to the `on_report` callback of `xccl.launch`; nothing happens if there is none."""
@@ -387,15 +438,18 @@ def _require_shape(shape: Any, dtype: npt.DTypeLike) -> tuple[tuple[int, ...], n
     return dims, element
 
 
-def _overlaps(array: npt.NDArray[Any], address: int) -> bool:
-    """Does a region of the array's size at `address` share bytes with the array, a view of symmetric memory?"""
-    start = address_of(array)
-    return start < address + array.nbytes and address < start + array.nbytes
+def _overlaps(address: int, other_address: int, n_bytes: int) -> bool:
+    """Do two regions of the same size share bytes?"""
+    return address < other_address + n_bytes and other_address < address + n_bytes
 
 
-def _apart(source: npt.NDArray[Any], address: int) -> npt.NDArray[Any]:
-    """The array, or a copy of it if it overlaps the region at `address` that it is to be copied to."""
-    return source.copy() if _overlaps(source, address) else source
+def _apart(source: npt.NDArray[Any], address: int) -> tuple[npt.NDArray[Any], int]:
+    """The array and its address; those of a copy if it overlaps the region at `address` that it is to be copied to."""
+    source_address = address_of(source)
+    if _overlaps(source_address, address, source.nbytes):
+        source = source.copy()
+        source_address = address_of(source)
+    return source, source_address
 
 
 def _checked(timeout_s: float | None) -> float | None:

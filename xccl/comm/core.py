@@ -25,6 +25,7 @@ from ..layout.segment import (
     STATE_FAILED,
     STATE_LEFT,
 )
+from ..trace.record import Recorder
 
 #: A kernel waits at most this long before Python looks at signals, deadlines and the liveness of peers.
 SLICE_NS = 50_000_000
@@ -92,6 +93,8 @@ class Core:
         self._pid = os.getpid()
         #: Why no operation is possible any more although the session is not closed.
         self.broken: str | None = None
+        #: Records what operations do; None while nobody wants to know.
+        self.trace: Recorder | None = None
         #: Drives requests that are under way; None while there are none.
         self.progress: Callable[[], object] | None = None
         self._agreements = 0

@@ -35,7 +35,7 @@ timing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,61 +45,17 @@ from ..errors import CapacityError, EventMismatch, FabricError, UsageError, Xccl
 from ..kernels import moe as kernels
 from ..layout import moe as layout
 from ..layout.dtypes import BF16, CODE_OF, FP16, FP32, NAME_OF
-from ..layout.moe import EXPERT_FIELD_BYTES, ROUTING, SOURCE_DTYPE, STATE, expert_blocks
+from ..layout.moe import EXPERT_FIELD_BYTES, SOURCE_DTYPE, STATE, expert_blocks
 from ..layout.record import align_up
+from ..trace.record import Operation
+from . import traced
 from .buffers import BufferPool, address_of, readable, require_int
 from .core import Core
+from .dispatched import Dispatched, Routing
 from .symmetric import SymmetricAllocator
 
 #: Rows of the managed area are committed in units of this.
 _COMMIT_BYTES = 2 << 20
-
-
-class Routing:
-    """Where each row of one dispatch went and came from: what combine needs to find it again."""
-
-    def __init__(self, tokens: int, top_k: int, experts: int, local_experts: int, ranks: int) -> None:
-        sizes = (tokens * top_k, experts + 1, ranks * local_experts, ranks * local_experts)
-        words = ROUTING.size_bytes // 8
-        self._memory = np.zeros(words + sum(sizes), np.int64)
-        self.address: int = self._memory.ctypes.data
-        at = words
-        parts = (layout.RT_ROW_OF, layout.RT_SENT_FIRST, layout.RT_GOT_COUNTS, layout.RT_GOT_FIRST)
-        for offset, size in zip(parts, sizes, strict=True):
-            self._memory[offset // 8] = self.address + 8 * at
-            at += size
-        self._memory[layout.RT_TOKENS // 8] = tokens
-        self.tokens = tokens
-
-    @property
-    def epoch(self) -> int:
-        """Epoch of the dispatch."""
-        return int(self._memory[layout.RT_EPOCH // 8])
-
-    @epoch.setter
-    def epoch(self, value: int) -> None:
-        self._memory[layout.RT_EPOCH // 8] = value
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Dispatched:
-    """What a rank got from a dispatch, grouped by local expert, within an expert by (source rank, token, slot).
-
-    Attributes:
-        tokens: [n, hidden], int8 or the dtype of the ExpertParallel object.
-        scales: float32 [n], or None without quantisation; a token's values are `tokens * scales[:, None]`.
-        counts: int64 [local experts], rows of each.
-        source: structured [n] with fields rank, token, slot: where each row comes from.
-        routing: for combine.
-        owner: the ExpertParallel object it belongs to.
-    """
-
-    tokens: npt.NDArray[Any]
-    scales: npt.NDArray[np.float32] | None
-    counts: npt.NDArray[np.int64]
-    source: npt.NDArray[np.void]
-    routing: Routing
-    owner: ExpertParallel
 
 
 class ExpertParallel:
@@ -265,6 +221,7 @@ class ExpertParallel:
         self._require_usable()
         x, idx = self._check_tokens(x, topk_idx)
         core = self._core
+        operation = None if core.trace is None else core.trace.start("dispatch", self._dispatches + 1)
         routing = Routing(idx.shape[0], self.top_k, self.num_experts, self.local_experts, core.size)
         rows = kernels.route.call(self._address, routing.address, idx.ctypes.data)
         if rows < 0:
@@ -277,22 +234,24 @@ class ExpertParallel:
         epoch = self._dispatches + 1
         fields = self._dispatch_fields
         try:
-            self._step("dispatch", "await-pulled")
+            self._step("dispatch", "await-pulled", operation)
             self._await(fields, layout.EXF_PULLED, epoch - 1, "dispatch, step 0 (peers pull the one before)")
             self._dispatches = routing.epoch = epoch
-            self._step("dispatch", "write")
+            self._step("dispatch", "write", operation)
             kernels.dispatch_write.call(self._address, routing.address, address_of(x))
-            self._step("dispatch", "announce")
+            self._step("dispatch", "announce", operation)
             kernels.dispatch_announce.call(self._address, routing.address, fields)
-            self._step("dispatch", "await-fields")
+            self._step("dispatch", "await-fields", operation)
             self._await(fields, layout.EXF_EVENT, epoch, "dispatch, step 5 (fields of all ranks)")
-            self._step("dispatch", "pull")
+            self._step("dispatch", "pull", operation)
             result = self._pull(routing, fields)
-            self._step("dispatch", "release")
+            self._step("dispatch", "release", operation)
             kernels.release.call(self._address, fields, epoch)
         except BaseException as error:
             self._broken = f"dispatch {epoch} was given up in the middle ({type(error).__name__})"
             raise
+        if operation is not None:
+            operation.finish(partial(traced.dispatched, self, routing, core.rank, core.size))
         return result
 
     def _pull(self, routing: Routing, fields: int) -> Dispatched:
@@ -337,30 +296,34 @@ class ExpertParallel:
         self._require_usable()
         out, weights = self._check_outputs(expert_out, dispatched, topk_weights)
         routing = dispatched.routing
+        core = self._core
+        operation = None if core.trace is None else core.trace.start("combine", self._combines + 1)
         self._commit(self._returns, out.nbytes)
         epoch = self._combines + 1
         fields = self._combine_fields
         try:
-            self._step("combine", "await-pulled")
+            self._step("combine", "await-pulled", operation)
             self._await(fields, layout.EXF_PULLED, epoch - 1, "combine, step 0 (peers pull the one before)")
             self._combines = epoch
-            self._step("combine", "write")
+            self._step("combine", "write", operation)
             kernels.combine_write.call(self._address, routing.address, address_of(out))
-            self._step("combine", "announce")
+            self._step("combine", "announce", operation)
             kernels.combine_announce.call(self._address, routing.address, fields, epoch)
-            self._step("combine", "await-fields")
+            self._step("combine", "await-fields", operation)
             self._await(fields, layout.EXF_EVENT, epoch, "combine, step 5 (fields of all ranks)")
             self._check_same_dispatch(routing, fields)
-            self._step("combine", "pull")
+            self._step("combine", "pull", operation)
             y = self._pool.take((routing.tokens, self.hidden), self.dtype)
             kernels.combine_reduce.call(
                 self._address, routing.address, fields, address_of(weights), address_of(y)
             )  # fmt: skip
-            self._step("combine", "release")
+            self._step("combine", "release", operation)
             kernels.release.call(self._address, fields, epoch)
         except BaseException as error:
             self._broken = f"combine {epoch} was given up in the middle ({type(error).__name__})"
             raise
+        if operation is not None:
+            operation.finish(partial(traced.combined, self, routing, core.rank, core.size))
         return y
 
     def _check_same_dispatch(self, routing: Routing, fields: int) -> None:
@@ -393,9 +356,11 @@ class ExpertParallel:
 
     # -- shared -----------------------------------------------------------------------------------------------------
 
-    def _step(self, operation: str, step: str) -> None:
+    def _step(self, name: str, step: str, operation: Operation | None) -> None:
         if self.on_step is not None:
-            self.on_step(operation, step)
+            self.on_step(name, step)
+        if operation is not None:
+            operation.begin_stage(step)
 
     def _await(self, fields: int, word: int, epoch: int, operation: str) -> None:
         self._core.wait_all(self._own_segment + fields + word, EXPERT_FIELD_BYTES, epoch, operation)

@@ -19,6 +19,8 @@ from ..kernels import ring, wait
 from ..kernels.wait import MISMATCH, OK, PENDING
 from ..layout import ring as layout
 from ..layout.ring import CHANNEL, MAX_LANES, OPERATION
+from ..trace.record import Operation
+from . import traced
 from .buffers import address_of, readable, require_int, writable
 from .core import SLICE_NS, Core, Waiting, require_timeout
 
@@ -48,7 +50,7 @@ class Channel:
         self.under_way: list[Request] = []
         #: Why the channel can't be used any more.
         self.broken: str | None = None
-        self.kernel = ring.send if sending else ring.receive
+        self.kernel, self.post_kernel = (ring.send, ring.post_send) if sending else (ring.receive, ring.post_receive)
         self._slot_lanes = np.zeros(geometry.ring_slots, np.int64)
         self._starts = np.zeros(geometry.ring_slots, np.int64)
         self.state = np.zeros(CHANNEL.size_bytes // 8, np.int64)
@@ -89,14 +91,11 @@ class Request:
         self.lanes = lanes
         self.error: XcclError | None = None
         self.done = False
+        recorder = engine.core.trace
+        name = "send" if channel.sending else "recv"
+        self.trace: Operation | None = None if recorder is None else recorder.start(name, event_id)
         self.op = np.zeros(OPERATION.size_bytes // 8, np.int64)
         self.address: int = self.op.ctypes.data
-        self.op[layout.OP_BUFFER // 8] = address_of(buffer)
-        self.op[layout.OP_BYTES // 8] = buffer.nbytes
-        self.op[layout.OP_EVENT_ID // 8] = event_id
-        self.op[layout.OP_LANES // 8] = lanes
-        self.op[layout.OP_TICKET // 8] = channel.state[layout.CH_TICKETS // 8]
-        channel.state[layout.CH_TICKETS // 8] += 1
 
     def word(self, offset: int) -> int:
         """A word of the operation."""
@@ -150,8 +149,8 @@ class PointToPoint:
         self._channels: dict[tuple[int, bool], Channel] = {}
         self._active: list[Request] = []
 
-    def start(self, buffer: Any, peer: int, event_id: int, lanes: int, *, sending: bool) -> Request:
-        """Check the arguments, post a request, and drive it as far as it goes without waiting."""
+    def start(self, buffer: Any, peer: int, event_id: int, lanes: int, *, sending: bool, until_ns: int = 0) -> Request:
+        """Check the arguments, post a request, and drive it as far as it goes by `until_ns`, without waiting if 0."""
         core = self.core
         core.require_open()
         array = readable(buffer, "the buffer to send") if sending else writable(buffer, "the buffer to receive into")
@@ -165,11 +164,17 @@ class PointToPoint:
             raise FabricError(
                 f"rank {core.rank}: the channel to {channel.name} is unusable: {channel.broken}", peer=peer
             )
+        return self._post(channel, array, event_id, lanes, until_ns)
+
+    def _post(self, channel: Channel, array: npt.NDArray[Any], event_id: int, lanes: int, until_ns: int) -> Request:
         request = Request(self, channel, array, event_id, lanes)
         channel.under_way.append(request)
         self._active.append(request)
-        core.progress = self.drive
-        self._step(request, 0)
+        self.core.progress = self.drive
+        status = channel.post_kernel.call(
+            channel.address, request.address, address_of(array), array.nbytes, event_id, lanes, until_ns
+        )  # fmt: skip
+        self._after_step(request, int(status))
         return request
 
     def blocking(
@@ -179,7 +184,9 @@ class PointToPoint:
         timeout_s = self.core.op_timeout_s if timeout_s is None else timeout_s
         if sending and peer == self.core.rank:
             raise UsageError(f"rank {peer} cannot send to itself and wait for its own receive; use isend", value=peer)
-        request = self.start(buffer, peer, event_id, lanes, sending=sending)
+        # With other requests under way, nothing may wait for one alone.
+        until_ns = 0 if self._active else time.monotonic_ns() + min(SLICE_NS, int(timeout_s * 1e9))
+        request = self.start(buffer, peer, event_id, lanes, sending=sending, until_ns=until_ns)
         try:
             self.wait(request, timeout_s)
         except BaseException as error:
@@ -253,15 +260,20 @@ class PointToPoint:
     def _step(self, request: Request, until_ns: int) -> int:
         channel = request.channel
         status = int(channel.kernel.call(channel.address, request.address, until_ns))
+        self._after_step(request, status)
+        return status
+
+    def _after_step(self, request: Request, status: int) -> None:
         if status == OK:
             self._end(request, None)
         elif status == MISMATCH:
             self._end(request, self._mismatch(request))
-        return status
 
     def _end(self, request: Request, error: XcclError | None) -> None:
         request.done = True
         request.error = error
+        if request.trace is not None and error is None:
+            traced.transferred(request.trace, request.op, self.core.rank, request.channel.peer, request.channel.sending)
         request.channel.under_way.remove(request)
         self._active.remove(request)
         if not self._active:

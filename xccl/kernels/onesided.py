@@ -102,14 +102,15 @@ def barrier(control: int, controls: int, ranks: int, epoch: int, arrived: int, u
         controls: address of [ranks] int64, the control areas of all ranks.
         ranks: number of ranks.
         epoch: number of this barrier, the same at all ranks.
-        arrived: address of the number of the last barrier at which this rank was counted: a call that goes on after
-            a slice must not be counted again.
+        arrived: address of two numbers: that of the last barrier at which this rank was counted, since a call that goes
+            on after a slice must not be counted again; and that of the last one which it released, as the last to come.
         until_ns: when to return at the latest.
     """
     if load_i64(arrived) != epoch:
         store_i64(arrived, epoch)
         # SYNC POINT barrier: the counting is acquire and release, so the last to arrive has seen what all did before.
         if fetch_add(load_i64(controls) + CTL_BARRIER_ARRIVALS, 1) + 1 == epoch * ranks:
+            store_i64(arrived + 8, epoch)
             for i in range(ranks):
                 peer = load_i64(controls + 8 * i)
                 store_release(peer + CTL_BARRIER_RELEASE, epoch)

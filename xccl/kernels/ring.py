@@ -49,6 +49,7 @@ from ..layout.ring import (
     CH_STALE_FIRST,
     CH_STALE_LANES,
     CH_STARTS,
+    CH_TICKETS,
     CH_TURN,
     DATA_CHUNK_ID,
     DATA_EVENT_ID,
@@ -166,8 +167,8 @@ def _write_chunk(channel: int, op: int) -> None:
     store_i64(op + OP_DONE, index + 1)
 
 
-@kernel("int64(int64, int64, int64)")
-def send(channel: int, op: int, until_ns: int) -> int:
+@device
+def _send(channel: int, op: int, until_ns: int) -> int:
     """Steps 1 to 4 and 8: write chunks while slots are free, then wait for the acknowledgement of the last one.
 
     Returns OK, SLICE, ABORTED, PENDING (nothing to do now, or not this operation's turn), or MISMATCH: the receiver has
@@ -282,8 +283,8 @@ def _read_chunk(channel: int, op: int, slot: int) -> None:
     store_i64(op + OP_DONE, index + 1)
 
 
-@kernel("int64(int64, int64, int64)")
-def receive(channel: int, op: int, until_ns: int) -> int:
+@device
+def _receive(channel: int, op: int, until_ns: int) -> int:
     """Steps 5 to 7: wait for each chunk, check the first one's header, copy, acknowledge.
 
     Returns OK, SLICE, ABORTED, PENDING (nothing to do now, or not this operation's turn), or MISMATCH: this message was
@@ -325,3 +326,44 @@ def receive(channel: int, op: int, until_ns: int) -> int:
             return OK
         if until_ns != 0 and now_ns() >= until_ns:
             return SLICE
+
+
+@device
+def _post(channel: int, op: int, buffer: int, n_bytes: int, event_id: int, lanes: int) -> None:
+    """Fill an operation, and give it the next ticket of its channel."""
+    ticket = load_i64(channel + CH_TICKETS)
+    store_i64(channel + CH_TICKETS, ticket + 1)
+    store_i64(op + OP_BUFFER, buffer)
+    store_i64(op + OP_BYTES, n_bytes)
+    store_i64(op + OP_EVENT_ID, event_id)
+    store_i64(op + OP_LANES, lanes)
+    store_i64(op + OP_TICKET, ticket)
+    store_i64(op + OP_FIRST, 0)
+    store_i64(op + OP_CHUNKS, 0)
+    store_i64(op + OP_DONE, 0)
+
+
+@kernel("int64(int64, int64, int64)")
+def send(channel: int, op: int, until_ns: int) -> int:
+    """Drive a send that was posted; see `_send`."""
+    return _send(channel, op, until_ns)
+
+
+@kernel("int64(int64, int64, int64)")
+def receive(channel: int, op: int, until_ns: int) -> int:
+    """Drive a receive that was posted; see `_receive`."""
+    return _receive(channel, op, until_ns)
+
+
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
+def post_send(channel: int, op: int, buffer: int, n_bytes: int, event_id: int, lanes: int, until_ns: int) -> int:
+    """Post a send and drive it: one call for the whole of a short one."""
+    _post(channel, op, buffer, n_bytes, event_id, lanes)
+    return _send(channel, op, until_ns)
+
+
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
+def post_receive(channel: int, op: int, buffer: int, n_bytes: int, event_id: int, lanes: int, until_ns: int) -> int:
+    """Post a receive and drive it."""
+    _post(channel, op, buffer, n_bytes, event_id, lanes)
+    return _receive(channel, op, until_ns)

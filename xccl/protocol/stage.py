@@ -13,17 +13,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from ..errors import UsageError
+from ..trace.entry import Entry
+
+__all__ = [
+    "Description",
+    "Engine",
+    "Entry",
+    "Ints",
+    "Mover",
+    "Signals",
+    "Stage",
+    "Transfers",
+    "Waits",
+    "Work",
+    "WorkKind",
+    "all_pairs",
+    "ints",
+    "payload_between",
+    "rank_columns",
+]
 
 #: What moves bytes: the AIV cores' transfer engines (MTE2, MTE3), or the die's DMA engine.
 Engine = Literal["mte", "dma"]
 #: Who drives a transfer: its source (push) or its destination (pull).
 Mover = Literal["source", "destination"]
 #: Kinds of local work.
-WorkKind = Literal["quantise", "dequantise", "reduce", "copy"]
+WorkKind = Literal["quantise", "dequantise", "reduce", "scan"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -40,7 +61,7 @@ class Transfers:
     Attributes:
         source: [n] rank in whose memory the bytes are.
         destination: [n] rank to whose memory they go; the same as source for a local copy.
-        units: [n] pieces of the transfer (tokens, chunks), each of which pays a start-up.
+        units: [n] pieces of the transfer (tokens, chunks, runs of a DMA engine), each of which pays a start-up.
         n_bytes: [n] bytes of all its pieces.
         mover: who drives it.
         engine: what moves it.
@@ -69,6 +90,7 @@ class Signals:
         size_bytes: bytes of one.
         what: the word, in a word.
         atomic: each is an atomic addition.
+        fetches: the writer needs the value before the addition, so it waits for a round trip.
     """
 
     source: Ints
@@ -77,6 +99,7 @@ class Signals:
     size_bytes: int
     what: str
     atomic: bool = False
+    fetches: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +108,7 @@ class Waits:
 
     Attributes:
         rank: [n] rank that waits.
-        peer: [n] rank whose signals it waits for.
+        peer: [n] rank whose signals it waits for, -1 for `count` signals of any rank.
         count: [n] signals awaited.
         what: which signals: the `what` of a `Signals` of this operation or of one before it.
     """
@@ -100,11 +123,14 @@ class Waits:
 class Work:
     """Local work on the vector cores; a row for each rank.
 
+    Work is fused with the transfers of its stage where it can be: what they bring to a core, or take from it, is not
+    counted again.
+
     Attributes:
         rank: [n] who does it.
-        kind: what is done.
+        kind: what is done; scan is a running sum.
         units: [n] rows or tokens.
-        n_bytes: [n] bytes read and written in local memory.
+        n_bytes: [n] bytes read and written in local memory, beyond what the stage's transfers move.
         elements: [n] elements computed.
     """
 
@@ -125,7 +151,10 @@ class Stage:
         transfers: bytes to move.
         work: local work, overlapping the transfers.
         signals: written after the transfers.
-        lane_barrier: the lanes of each rank meet at the end of the stage.
+        lane_barrier: the lanes of each rank meet at the end of the stage, when all that they wrote has arrived.
+        streamed: what the stage waits for arrives piece by piece, and the stage works on each piece as it comes, so it
+            overlaps the stage that is waited for, one piece behind. A streamed stage that waits for nothing follows
+            the pieces of the stage before it.
     """
 
     name: str
@@ -134,22 +163,7 @@ class Stage:
     work: tuple[Work, ...] = ()
     signals: tuple[Signals, ...] = ()
     lane_barrier: bool = False
-
-
-class Entry(NamedTuple):
-    """One fact about one rank in one stage; the common currency of descriptions and traces.
-
-    `kind` is transfer, signal, wait or work. `peer` is the other rank (the rank itself for work). `units` counts units,
-    signals or units of work; `n_bytes` the bytes moved (0 for waits). `lane` is -1 unless a lane is named.
-    """
-
-    stage: str
-    kind: str
-    what: str
-    peer: int
-    lane: int
-    units: int
-    n_bytes: int
+    streamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,7 +176,9 @@ class Description:
         ranks: number of ranks.
         stages: in order.
         lanes: lanes of each rank that take part.
-        payload_bytes: [ranks] bytes that each rank sends to others, for bandwidths.
+        payload_bytes: [ranks] payload (scales included, metadata not) that goes from each rank to others, whoever moves
+            it, for bandwidths.
+        window: how many pieces of a streamed run may be under way at once (slots of a ring); 0 if that has no bound.
     """
 
     operation: str
@@ -171,6 +187,7 @@ class Description:
     stages: tuple[Stage, ...]
     lanes: int
     payload_bytes: Ints
+    window: int = 0
 
     def stage(self, name: str) -> Stage:
         """The stage of that name."""
@@ -222,3 +239,29 @@ def all_pairs(ranks: int) -> tuple[Ints, Ints]:
     """Every ordered pair of ranks, a rank with itself included: source and destination columns."""
     every = np.arange(ranks, dtype=np.int64)
     return np.repeat(every, ranks), np.tile(every, ranks)
+
+
+def payload_between(ranks: int, transfers: Sequence[Transfers]) -> Ints:
+    """[ranks] bytes of these transfers that leave each rank for another."""
+    total = np.zeros(ranks, np.int64)
+    for t in transfers:
+        # Not bincount with weights: those are floats, and lose bytes from 2**53 on.
+        np.add.at(total, t.source, t.n_bytes * (t.source != t.destination))
+    return total
+
+
+def rank_columns(ranks: int, *columns: npt.ArrayLike) -> list[Ints]:
+    """Columns of rank numbers, broadcast to one length.
+
+    Raises:
+        UsageError: there is no such rank.
+    """
+    found = [column.copy() for column in np.broadcast_arrays(*map(ints, columns))]
+    for column in found:
+        if column.size and not (column.min() >= 0 and column.max() < ranks):
+            raise UsageError(
+                f"ranks are {column.min()} to {column.max()}, must be 0 to {ranks - 1}",
+                value=(int(column.min()), int(column.max())),
+                bound=ranks - 1,
+            )
+    return found

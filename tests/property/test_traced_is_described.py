@@ -1,0 +1,237 @@
+"""What was traced is what is described: for every operation, at every rank, the same stages, peers, units and bytes.
+
+So a projection that costs a description is a statement about the code that ran. Descriptions are made from the inputs
+of all ranks; traces come from what each rank's operations left behind.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import xccl
+from tests.multirank.support import BF16, FLOATS, Shape, launch
+from xccl.layout.ring import MAX_LANES
+from xccl.protocol import moe, onesided, p2p
+from xccl.protocol.counts import RoutingCounts
+from xccl.protocol.stage import Description, Entry
+from xccl.trace.record import Recorder
+
+SLOTS = {"ring_slots": 8, "slot_bytes": 1024}
+ARRAY_BYTES = 1 << 16
+
+sizes = st.one_of(st.integers(0, 2000), st.sampled_from([0, 512, 513, 1024, 8 * 1024, 1 << 16]))
+
+
+class Message(NamedTuple):
+    """One send and its receive."""
+
+    source: int
+    destination: int
+    n_bytes: int
+    lanes: int
+
+    def described(self, ranks: int) -> Description:
+        return p2p.send_recv(ranks, self.source, self.destination, self.n_bytes, lanes=self.lanes, **SLOTS)
+
+
+class OneSided(NamedTuple):
+    """One call of `rank`."""
+
+    call: Literal["put", "get", "put_signal", "signal"]
+    rank: int
+    peer: int
+    n_bytes: int
+    op: Literal["set", "add"]
+
+    def described(self, ranks: int) -> Description:
+        if self.call == "put":
+            return onesided.put(ranks, self.rank, self.peer, self.n_bytes)
+        if self.call == "get":
+            return onesided.get(ranks, self.peer, self.rank, self.n_bytes)
+        if self.call == "put_signal":
+            return onesided.put_signal(ranks, self.rank, self.peer, self.n_bytes, op=self.op)
+        return onesided.signal(ranks, self.rank, self.peer, op=self.op)
+
+    def run(self, comm: xccl.Communicator, array: Any, signals: Any) -> None:
+        data = np.zeros(self.n_bytes, np.uint8)
+        if self.call == "put":
+            comm.put(array, data, self.peer)
+        elif self.call == "get":
+            comm.get(data, array, self.peer)
+        elif self.call == "put_signal":
+            comm.put_signal(array, data, self.peer, signals, 0, 1, op=self.op)
+        else:
+            comm.signal(signals, 0, 1, self.peer, op=self.op)
+
+
+@st.composite
+def messages(draw: st.DrawFn) -> tuple[int, list[Message]]:
+    """Any messages between any ranks, to oneself too."""
+    ranks = draw(st.integers(1, 5))
+    rank = st.integers(0, ranks - 1)
+    lanes = st.one_of(st.integers(1, 4), st.integers(1, MAX_LANES))
+    return ranks, draw(st.lists(st.builds(Message, rank, rank, sizes, lanes), max_size=8))
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[int, list[OneSided]]:
+    """Any one-sided calls."""
+    ranks = draw(st.integers(1, 5))
+    rank = st.integers(0, ranks - 1)
+    kinds = st.sampled_from(["put", "get", "put_signal", "signal"])
+    call = st.builds(OneSided, kinds, rank, rank, sizes, st.sampled_from(["set", "add"]))
+    return ranks, draw(st.lists(call, max_size=12))
+
+
+def entries_of(recorder: Recorder) -> list[tuple[str, list[Entry]]]:
+    """Name and entries of each operation, in order, all of them finished, with events in their times."""
+    for operation in recorder.operations:
+        assert operation.is_finished
+        stages = {stage.name: stage for stage in operation.stages}
+        assert len(stages) == len(operation.stages)
+        for event in operation.events:
+            stage = stages[event.stage]
+            assert operation.begin_ns <= stage.begin_ns <= stage.end_ns <= operation.end_ns
+            assert (event.begin_ns, event.end_ns, event.rank) == (stage.begin_ns, stage.end_ns, recorder.rank)
+        assert [event.entry for event in operation.events] == operation.entries
+    return [(operation.name, operation.entries) for operation in recorder.operations]
+
+
+@settings(max_examples=60)
+@given(case=calls())
+def test_one_sided(fabric: str, case: tuple[int, list[OneSided]]) -> None:
+    """put, get, put_signal, signal, wait_until."""
+    ranks, program = case
+
+    def main(comm: xccl.Communicator) -> Recorder:
+        array, signals = comm.empty(ARRAY_BYTES, np.uint8), comm.signals(1)
+        with comm.trace() as recorder:
+            for call in program:
+                if call.rank == comm.rank:
+                    call.run(comm, array, signals)
+            if any(call.peer == comm.rank and "signal" in call.call for call in program):
+                comm.wait_until(signals, 0, "ge", 1)
+        comm.barrier()
+        return recorder
+
+    for rank, recorder in enumerate(launch(main, ranks, fabric)):
+        expected = [(call.call, call.described(ranks).entries(rank)) for call in program if call.rank == rank]
+        if any(call.peer == rank and "signal" in call.call for call in program):
+            expected.append(("wait_until", onesided.wait_until(ranks, rank).entries(rank)))
+        assert entries_of(recorder) == expected
+
+
+@settings(max_examples=10)
+@given(ranks=st.integers(1, 6), barriers=st.integers(1, 5))
+def test_barrier(fabric: str, ranks: int, barriers: int) -> None:
+    """Whoever came last has released the others; the rest is the same at all ranks."""
+
+    def main(comm: xccl.Communicator) -> Recorder:
+        with comm.trace() as recorder:
+            for _ in range(barriers):
+                comm.barrier()
+        return recorder
+
+    recorders = launch(main, ranks, fabric)
+    for number in range(barriers):
+        found = [entries_of(recorder)[number][1] for recorder in recorders]
+        last = [rank for rank, entries in enumerate(found) if any(entry.stage == "release" for entry in entries)]
+        assert len(last) == 1
+        described = onesided.barrier(ranks, last[0])
+        assert found == [described.entries(rank) for rank in range(ranks)]
+
+
+@settings(max_examples=60)
+@given(case=messages())
+def test_send_and_receive(fabric: str, case: tuple[int, list[Message]]) -> None:
+    """All messages under way at once, in rings of a few slots; one to oneself is two operations of one rank."""
+    ranks, program = case
+
+    def main(comm: xccl.Communicator) -> Recorder:
+        with comm.trace() as recorder:
+            requests = []
+            for number, (source, destination, n_bytes, lanes) in enumerate(program):
+                buffer = np.zeros(n_bytes, np.uint8)
+                if source == comm.rank:
+                    requests.append(comm.isend(buffer, destination, number, lanes))
+                if destination == comm.rank:
+                    requests.append(comm.irecv(buffer.copy(), source, number, lanes))
+            for request in requests:
+                request.wait()
+        return recorder
+
+    for rank, recorder in enumerate(launch(main, ranks, fabric, **SLOTS)):
+        found: defaultdict[int | None, list[Entry]] = defaultdict(list)
+        for operation in recorder.operations:
+            found[operation.number] += operation.entries
+        entries_of(recorder)
+        expected = {n: message.described(ranks).entries(rank) for n, message in enumerate(program)}
+        assert {n: sorted(entries) for n, entries in found.items()} == {n: e for n, e in expected.items() if e}
+
+
+@pytest.mark.parametrize("n_bytes", [0, 100, 3000, 100_000])
+def test_blocking_send_and_receive(fabric: str, n_bytes: int) -> None:
+    def main(comm: xccl.Communicator) -> Recorder:
+        buffer = np.zeros(n_bytes, np.uint8)
+        with comm.trace() as recorder:
+            (comm.send if comm.rank == 0 else comm.recv)(buffer, 1 - comm.rank, event_id=5, lanes=3)
+        return recorder
+
+    described = p2p.send_recv(2, 0, 1, n_bytes, lanes=3)
+    sender, receiver = launch(main, 2, fabric)
+    assert entries_of(sender) == [("send", described.entries(0))]
+    assert entries_of(receiver) == [("recv", described.entries(1))]
+
+
+@st.composite
+def moe_cases(draw: st.DrawFn) -> tuple[Shape, list[list[int]], int, bool]:
+    """A shape, the tokens of each rank in each round, a seed, and whether few experts are chosen only."""
+    ranks = draw(st.integers(1, 6))
+    shape = Shape(
+        num_experts=ranks * draw(st.integers(1, 4)),
+        hidden=draw(st.integers(1, 70)),
+        top_k=draw(st.integers(1, 6)),
+        max_tokens=20,
+        dtype=draw(st.sampled_from(FLOATS)),
+        quant=draw(st.sampled_from(["int8", "none"])),
+    )
+    tokens = st.lists(st.integers(0, shape.max_tokens), min_size=ranks, max_size=ranks)
+    rounds = draw(st.lists(tokens, min_size=1, max_size=3))
+    return shape, rounds, draw(st.integers(0, 1 << 30)), draw(st.booleans())
+
+
+@settings(max_examples=60)
+@example(case=(Shape(num_experts=3, quant="int8"), [[0, 0, 0], [5, 0, 16]], 0, False))
+@example(case=(Shape(num_experts=1, dtype=BF16), [[7]], 1, True))
+@given(case=moe_cases())
+def test_dispatch_and_combine(fabric: str, case: tuple[Shape, list[list[int]], int, bool]) -> None:
+    """Pull; ragged tokens, slots and tokens without expert, experts without tokens, an expert named twice."""
+    shape, tokens, seed, hot = case
+    ranks = len(tokens[0])
+    rounds = [shape.round(seed + i, each, no_expert=0.3, hot=hot) for i, each in enumerate(tokens)]
+
+    def main(comm: xccl.Communicator) -> Recorder:
+        ep = shape.expert_parallel(comm)
+        with comm.trace() as recorder:
+            for each in rounds:
+                each.run(comm.rank, ep)
+        return recorder
+
+    expected: list[tuple[str, Description]] = []
+    item_bytes = shape.dtype.itemsize
+    for each in rounds:
+        routing = RoutingCounts.from_topk(each.topk_idxs, shape.num_experts)
+        quant: moe.Quant = "int8" if shape.quant == "int8" else "none"
+        dispatched = moe.dispatch(routing, hidden=shape.hidden, item_bytes=item_bytes, quant=quant)
+        expected += [("dispatch", dispatched)]
+        expected += [("combine", moe.combine(routing, hidden=shape.hidden, item_bytes=item_bytes))]
+    for rank, recorder in enumerate(launch(main, ranks, fabric)):
+        assert entries_of(recorder) == [(name, described.entries(rank)) for name, described in expected]
+        for operation, (_, described) in zip(recorder.operations, expected, strict=True):
+            assert [stage.name for stage in operation.stages] == [stage.name for stage in described.stages]

@@ -1,0 +1,137 @@
+"""Dispatch and combine by the pull protocol (XDS §3.2), as `xccl.comm.moe` executes them.
+
+Rules
+- Everything a rank writes for others lies in its own managed area; peers pull it. Into peers' segments go only fields.
+- Each rank tells each peer, itself included, where the block for it starts (a 32-byte field), and later that it has
+  pulled all it wanted (an 8-byte word). A field is written for an empty block, too: each rank waits for those of all.
+- Stages of both:
+    await-pulled: every peer has pulled the operation before. The very first operation looks at the words, too.
+    write: tokens, quantised once each if asked, into the own managed area, a row for each expert of a token.
+    announce: a field to every peer.
+    await-fields: those of every peer.
+    pull: the rows from every peer's area. Dispatch pulls the peer's counts, scales and places (token and slot) with
+          them; combine sums the rows of a token on the way, in the order of its slots, in float32.
+    release: the word "pulled" at every peer.
+
+Units. A unit of "rows" is a row: a token passes a core's unified buffer as a whole. Scales and places lie side by side:
+in "write" they are one unit, in "pull" one for each run of rows with the same source and expert. Quantising writes its
+result as one of the rows, and the sum reads the rows that are pulled, so their work counts what is left: the token that
+is read, the sum and the weights.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from ..errors import UsageError
+from ..layout.moe import EXPERT_FIELD_BYTES
+from ..layout.ring import MAX_LANES
+from .counts import RoutingCounts
+from .stage import Description, Ints, Signals, Stage, Transfers, Waits, Work, all_pairs
+
+Quant = Literal["int8", "none"]
+
+SCALE_BYTES = 4
+#: Token and slot of a row, int32 each.
+PLACE_BYTES = 8
+COUNT_BYTES = 4
+WEIGHT_BYTES = 4
+PULLED_BYTES = 8
+
+
+def dispatch(
+    routing: RoutingCounts, *, hidden: int, item_bytes: int = 2, quant: Quant = "int8", lanes: int = MAX_LANES
+) -> Description:
+    """Each token to the ranks of its experts.
+
+    Args:
+        routing: how many rows go where; it has as many sources as destinations.
+        hidden: elements of a token.
+        item_bytes: of an element before quantisation.
+        quant: "int8", with a float32 scale a token, or "none".
+        lanes: of each rank.
+    """
+    ranks = require_square(routing)
+    row_bytes = hidden if quant == "int8" else hidden * item_bytes
+    every = np.arange(ranks, dtype=np.int64)
+    source, destination = all_pairs(ranks)
+    rows, runs = routing.rows.ravel(), routing.runs.ravel()
+    sent, ones = routing.sent, np.ones_like(every)
+    written = [
+        _local(every, sent, sent * row_bytes, "rows"),
+        _local(every, np.minimum(sent, 1), sent * PLACE_BYTES, "places"),
+        _local(every, ones, ones * COUNT_BYTES * routing.experts, "counts"),
+    ]
+    local_counts = np.full_like(rows, COUNT_BYTES * routing.local_experts)
+    pulled = [
+        Transfers(source, destination, np.ones_like(rows), local_counts, "destination", "counts"),
+        Transfers(source, destination, rows, rows * row_bytes, "destination", "rows"),
+        Transfers(source, destination, runs, rows * PLACE_BYTES, "destination", "places"),
+    ]
+    work: tuple[Work, ...] = ()
+    if quant == "int8":
+        written.append(_local(every, np.minimum(sent, 1), sent * SCALE_BYTES, "scales"))
+        pulled.append(Transfers(source, destination, runs, rows * SCALE_BYTES, "destination", "scales"))
+        tokens = routing.sending
+        work = (Work(every, "quantise", tokens, tokens * hidden * item_bytes, tokens * hidden),)
+    stages = _stages(ranks, Stage("write", transfers=tuple(written), work=work), Stage("pull", transfers=tuple(pulled)))
+    away = sent - np.diagonal(routing.rows)
+    payload = away * (row_bytes + (SCALE_BYTES if quant == "int8" else 0))
+    return Description("dispatch", "pull", ranks, stages, lanes, payload)
+
+
+def combine(routing: RoutingCounts, *, hidden: int, item_bytes: int = 2, lanes: int = MAX_LANES) -> Description:
+    """The outputs of each token's experts back to it, and their weighted sum.
+
+    Args:
+        routing: that of the dispatch.
+        hidden: elements of a token.
+        item_bytes: of an element.
+        lanes: of each rank.
+    """
+    ranks = require_square(routing)
+    row_bytes = hidden * item_bytes
+    every = np.arange(ranks, dtype=np.int64)
+    origin, expert = all_pairs(ranks)
+    rows, received = routing.rows.ravel(), routing.received
+    written = _local(every, received, received * row_bytes, "rows")
+    pulled = Transfers(expert, origin, rows, rows * row_bytes, "destination", "rows")
+    summed = routing.tokens * row_bytes + routing.sent * WEIGHT_BYTES
+    work = Work(every, "reduce", routing.tokens, summed, routing.sent * hidden)
+    stages = _stages(ranks, Stage("write", transfers=(written,)), Stage("pull", transfers=(pulled,), work=(work,)))
+    payload = (received - np.diagonal(routing.rows)) * row_bytes
+    return Description("combine", "pull", ranks, stages, lanes, payload)
+
+
+def require_square(routing: RoutingCounts) -> int:
+    """The number of ranks, which all have tokens and experts.
+
+    Raises:
+        UsageError: sources and destinations differ in number.
+    """
+    if routing.sources != routing.destinations:
+        raise UsageError(
+            f"{routing.sources} ranks have tokens, {routing.destinations} have experts; here they are the same ranks",
+            value=routing.sources,
+            bound=routing.destinations,
+        )
+    return routing.sources
+
+
+def _stages(ranks: int, write: Stage, pull: Stage) -> tuple[Stage, ...]:
+    rank, peer = all_pairs(ranks)
+    ones = np.ones_like(rank)
+    return (
+        Stage("await-pulled", (Waits(rank, peer, ones, "pulled"),)),
+        write,
+        Stage("announce", signals=(Signals(rank, peer, ones, EXPERT_FIELD_BYTES, "field"),)),
+        Stage("await-fields", (Waits(rank, peer, ones, "field"),)),
+        pull,
+        Stage("release", signals=(Signals(rank, peer, ones, PULLED_BYTES, "pulled"),)),
+    )
+
+
+def _local(rank: Ints, units: Ints, n_bytes: Ints, what: str) -> Transfers:
+    return Transfers(rank, rank, units, n_bytes, "source", what)
