@@ -7,8 +7,9 @@ The layers, top down; a module imports from lower ones only:
     comm           the operations, and their NumPy oracles (`reference`)
     fabric         global memory: POSIX shared memory between processes, anonymous memory between threads
     kernels        compiled loops: atomics, waits, copies, quantisation, rings, dispatch and combine
-    protocol       descriptions without memory: routing
+    protocol       descriptions without memory: the stages of every operation, and routings
     layout         what bytes mean: segments, fields, slots, blocks
+    trace          what happened: a recorder for each rank, export to Chrome trace JSON
     errors         the exception tree
 
 Ranks stand for NPU dies. Each has a segment of memory that all can address, and waits only on words in its own.

@@ -15,6 +15,8 @@ from tests.conformance.suite import Suite
 from tests.multirank.support import assert_same, bits, error_of
 from xccl.comm.core import Waiting
 from xccl.errors import CapacityError, UsageError, WaitTimeout
+from xccl.kernels import words
+from xccl.layout.segment import CTL_YIELDS
 
 RECORD: Final = np.dtype([("key", np.int16), ("value", np.float64), ("tag", "S3")])  # 13 bytes, fields not aligned
 DTYPES: Final = [
@@ -408,6 +410,19 @@ class CommunicatorSuite(Suite):
             assert f"{comparison} {value}" in str(error)
             assert "seen 3" in str(error)
             assert 0.04 < seconds < 5
+
+    def test_a_deadline_holds_before_a_rank_sleeps(self) -> None:
+        """On a busy machine each yield gives the core away for milliseconds; here there are many that take none."""
+
+        def main(comm: xccl.Communicator) -> float:
+            s = comm.signals(1)
+            words.store(comm.core.control + CTL_YIELDS, 50_000_000)
+            start = time.monotonic()
+            with pytest.raises(WaitTimeout):
+                comm.wait_until(s, 0, "eq", 1, timeout_s=0.02)
+            return time.monotonic() - start
+
+        assert self.run(main, 1)[0] < 0.5
 
     def test_wait_until_returns_at_once_when_it_holds(self) -> None:
         def main(comm: xccl.Communicator) -> None:

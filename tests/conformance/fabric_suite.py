@@ -270,9 +270,10 @@ class FabricSuite(Suite):
         reports: dict[int, Any] = {}
 
         def main(comm: xccl.Communicator) -> None:
-            fabric = comm.core.fabric
-            comm.barrier()
+            fabric, signals = comm.core.fabric, comm.signals(1)
+            comm.signal(signals, 0, 1, peer=1, op="add")
             if comm.rank == 1:
+                comm.wait_until(signals, 0, "eq", 3)  # no rank is in a wait, which the death would end
                 self.die()
             dead = until(fabric.dead_peers, "the death of rank 1")
             fabric.check_peers()

@@ -90,11 +90,13 @@ def os_pid(comm: xccl.Communicator) -> int:
 
 
 def _owner(path: Path) -> int:
+    """Process that made a segment; -1 if it is gone, or does not say yet."""
     try:
-        header = np.frombuffer(path.read_bytes()[: layout.HEADER.size_bytes], np.int64)
+        with path.open("rb") as file:
+            header = np.frombuffer(file.read(layout.HDR_OWNER_PID + 8), np.int64)
     except OSError:
         return -1
-    return int(header[layout.HDR_OWNER_PID // 8]) if header.size > layout.HDR_OWNER_PID // 8 else -1
+    return int(header[-1]) if header.nbytes == layout.HDR_OWNER_PID + 8 else -1
 
 
 class TestSegment:

@@ -134,6 +134,11 @@ def segment_names() -> set[str]:
     return {path.name for path in SHM_DIR.glob("xccl-*")}
 
 
+def no_new_names(before: set[str]) -> None:
+    """Names of sessions that other programs start just now go by themselves."""
+    wait_for(lambda: segment_names() <= before, "end of the names in /dev/shm", 2.0)
+
+
 def environment(**variables: str) -> dict[str, str]:
     """This environment, without what would tell a process its rank, and with this source tree first."""
     ranks = ("XCCL_", "OMPI_", "SLURM_")

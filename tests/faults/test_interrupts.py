@@ -20,6 +20,7 @@ from tests.faults.support import (
     children,
     each_ends,
     environment,
+    no_new_names,
     runs,
     segment_names,
     wait_for,
@@ -50,7 +51,7 @@ def started(script: Script) -> list[int]:
 
 def assert_nothing_stays(pids: list[int], before: set[str]) -> None:
     each_ends(pids, 1.0)
-    wait_for(lambda: segment_names() <= before, "end of the names in /dev/shm", 1.0)
+    no_new_names(before)
 
 
 @pytest.mark.parametrize("operation", ["barrier", "sendrecv", "dispatch"])
@@ -138,8 +139,16 @@ say(xccl.launch(rank_number, 3, fabric=sys.argv[1], timeout_s=60.0))
     assert said == [["caught", [], True], [[0, 1, 2]]]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("operation", ["barrier", "sendrecv", "combine"])
+@pytest.mark.parametrize(
+    ("operation", "number"),
+    [
+        ("barrier", signal.SIGKILL),
+        ("sendrecv", signal.SIGKILL),
+        ("combine", signal.SIGKILL),
+        ("barrier", signal.SIGTERM),
+        ("sendrecv", signal.SIGHUP),
+    ],
+)
 def test_ranks_do_not_outlive_their_launcher(operation: str, number: signal.Signals) -> None:
     before = segment_names()
     with Script(LAUNCHER, operation, "shm") as script:

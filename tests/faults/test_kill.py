@@ -160,26 +160,23 @@ def test_kill_at_each_stage_of_the_start(
     """Before it has a segment, before it attaches the others, before its name goes: nothing stays."""
     victim = 1
     original = getattr(ShmFabric, method)
-    remove_session = processes.remove_session
-    left: list[str] = []
+    read_end, write_end = os.pipe()
 
     def deadly(self: ShmFabric, *args: Any, **kwargs: Any) -> Any:
         rank = args[1] if method == "__init__" else self.rank
         if rank == victim:
             time.sleep(0.02)  # the others get as far as they can without it
+            os.write(write_end, b"yes" if f"{session_names[-1]}{victim}" in segment_names() else b"no")
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *args, **kwargs)
 
-    def watched(session_id: bytes, ranks: int) -> None:
-        left.extend(name for name in segment_names() if name == f"{session_names[-1]}{victim}")
-        remove_session(session_id, ranks)
-
     monkeypatch.setattr(ShmFabric, method, deadly)  # the ranks are forked with it
-    monkeypatch.setattr(processes, "remove_session", watched)
     start = time.monotonic()
     with pytest.raises(xccl.PeerDied, match=f"^rank {victim} was killed by signal 9") as caught:
         xccl.launch(run_for_ever, 4, timeout_s=PATIENCE_S)
     assert time.monotonic() - start < NOTICE_S
     assert caught.value.peer == victim
-    assert bool(left) == name_is_left
+    os.close(write_end)
+    assert os.read(read_end, 100) == (b"yes" if name_is_left else b"no")
+    os.close(read_end)
     assert_nothing_left(session_names)

@@ -157,6 +157,8 @@ class Core:
             SessionAborted: another rank failed first.
         """
         while status in (wait.SLICE, wait.ABORTED):
+            if status == wait.ABORTED and (last := step(0)) != wait.PENDING:
+                return last  # it came true before the session ended
             self.check_session(describe)
             waiting = describe()
             if time.monotonic_ns() >= deadline_ns:

@@ -52,7 +52,7 @@ from . import traced
 from .buffers import BufferPool, address_of, readable, require_int
 from .core import Core
 from .dispatched import Dispatched, Routing
-from .symmetric import SymmetricAllocator
+from .symmetric import SymmetricAllocator, collective_free, give_back
 
 #: Rows of the managed area are committed in units of this.
 _COMMIT_BYTES = 2 << 20
@@ -162,8 +162,11 @@ class ExpertParallel:
             except CapacityError as error:
                 failure = error
             core.agree("ExpertParallel", arguments, failure)
-        except BaseException:
-            self._free(offsets)
+        except BaseException as error:
+            for allocator, offset in zip(self._allocators, offsets, strict=False):
+                give_back(core, allocator, offset)
+            if isinstance(error, CapacityError):  # at all ranks: the next call finds what they have given back
+                core.agree("free", {"offset": -1})
             raise
         fields, heap = offsets
         self._offsets = offsets
@@ -346,13 +349,8 @@ class ExpertParallel:
             UsageError: it was freed before, or ranks free different objects.
         """
         self._require_usable()
-        self._core.agree("free", {"offset": self._offsets[0]})
-        self._free(self._offsets)
+        collective_free(self._core, *zip(self._allocators, self._offsets, strict=True))
         self._broken = "it was freed"
-
-    def _free(self, offsets: list[int]) -> None:
-        for allocator, offset in zip(self._allocators, offsets, strict=False):
-            allocator.free(offset)
 
     # -- shared -----------------------------------------------------------------------------------------------------
 

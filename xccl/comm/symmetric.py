@@ -53,21 +53,23 @@ class SymmetricAllocator:
             available_bytes=largest,
         )
 
-    def free(self, offset: int) -> None:
-        """Give a block back.
+    def free(self, offset: int) -> int:
+        """Give a block back; its size.
 
         Raises:
             UsageError: no block starts there.
         """
         if offset not in self._taken:
             raise UsageError(f"no block of the {self._name} starts at offset {offset}", value=offset)
-        insort(self._free, (offset, self._taken.pop(offset)))
+        n_bytes = self._taken.pop(offset)
+        insort(self._free, (offset, n_bytes))
         i = bisect_left(self._free, (offset, 0))
         for j in (i, i - 1):  # merge with the range behind, then with the one before
             if 0 <= j < len(self._free) - 1:
                 (start, length), (behind, more) = self._free[j], self._free[j + 1]
                 if start + length == behind:
                     self._free[j : j + 2] = [(start, length + more)]
+        return n_bytes
 
 
 class SymmetricArray:
@@ -121,8 +123,7 @@ class SymmetricArray:
             UsageError: it was freed before, or ranks free different arrays.
         """
         self.require_alive()
-        self._core.agree("free", {"offset": self._offset})
-        self._allocator.free(self._offset)
+        collective_free(self._core, (self._allocator, self._offset))
         self._local = None
         self._offset = -1
 
@@ -168,8 +169,7 @@ class Signals:
             UsageError: they were freed before, or ranks free different ones.
         """
         self.require_alive()
-        self._core.agree("free", {"offset": self._offset})
-        self._allocator.free(self._offset)
+        collective_free(self._core, (self._allocator, self._offset))
         self._offset = -1
 
     def require_alive(self) -> None:
@@ -202,8 +202,23 @@ def _collective_alloc(
         except CapacityError as error:
             failure = error
         core.agree(call, arguments, failure)
-    except BaseException:
+    except BaseException as error:
         if offset >= 0:
-            allocator.free(offset)
+            give_back(core, allocator, offset)
+        if isinstance(error, CapacityError):  # at all ranks: the next call finds what they have given back
+            core.agree("free", {"offset": -1})
         raise
     return offset
+
+
+def give_back(core: Core, allocator: SymmetricAllocator, offset: int) -> None:
+    """Free a block, and the memory behind it in the own segment."""
+    core.fabric.release(offset, allocator.free(offset))
+
+
+def collective_free(core: Core, *blocks: tuple[SymmetricAllocator, int]) -> None:
+    """Give blocks back on all ranks: when nobody uses them any more, and returning when all have given theirs back."""
+    core.agree("free", {"offset": blocks[0][1]})
+    for allocator, offset in blocks:
+        give_back(core, allocator, offset)
+    core.agree("free", {"offset": -1})

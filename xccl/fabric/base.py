@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ..errors import FabricError
 from ..kernels import wait, words
+from ..layout.record import align_up
 from ..layout.segment import (
     ABORT_DIED,
     CONTROL_OFFSET,
@@ -23,6 +24,7 @@ from ..layout.segment import (
     CTL_STATE,
     CTL_YIELDS,
     LAST_WORDS_BYTES,
+    PAGE_BYTES,
     STATE_LEFT,
     Geometry,
 )
@@ -68,6 +70,10 @@ class Fabric(ABC):
         Raises:
             CapacityError: the memory is not there; says how much is needed and free.
         """
+
+    @abstractmethod
+    def release(self, offset: int, n_bytes: int) -> None:
+        """Give the memory behind a part of the own segment back, as far as it fills whole pages; it reads as 0 then."""
 
     @abstractmethod
     def dead_peers(self) -> list[tuple[int, str]]:
@@ -133,6 +139,12 @@ class Fabric(ABC):
         """Raise FabricError when `rank`'s memory cannot be addressed from here."""
         if not self.segments[rank]:
             raise FabricError(f"the memory of rank {rank} is not mapped in rank {self.rank}", rank=self.rank, peer=rank)
+
+
+def whole_pages(offset: int, n_bytes: int) -> tuple[int, int]:
+    """Start and length of the whole pages within a range."""
+    start = align_up(offset, PAGE_BYTES)
+    return start, max(0, (offset + n_bytes) // PAGE_BYTES * PAGE_BYTES - start)
 
 
 def wait_policy(ranks: int, cores: int) -> tuple[int, int]:

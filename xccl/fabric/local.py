@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ..errors import CapacityError
 from ..layout.segment import Geometry
-from .base import Fabric, wait_policy
+from .base import Fabric, wait_policy, whole_pages
 
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
@@ -58,6 +58,12 @@ class LocalFabric(Fabric):
 
     def commit(self, rank: int, offset: int, n_bytes: int) -> None:
         """Nothing to do: anonymous pages appear when touched."""
+
+    def release(self, offset: int, n_bytes: int) -> None:
+        """Drop the pages: private ones come back as zeros."""
+        start, length = whole_pages(offset, n_bytes)
+        if length:
+            self._world.maps[self.rank].madvise(mmap.MADV_DONTNEED, start, length)
 
     def dead_peers(self) -> list[tuple[int, str]]:
         """Ranks whose threads were marked dead."""

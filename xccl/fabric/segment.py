@@ -130,6 +130,20 @@ class Segment:
             os.close(memory.fd)
             raise
 
+    @classmethod
+    def attach_control(cls, session_id: bytes, rank: int) -> Self:
+        """Attach header and control area of a rank of this session that has another geometry, to tell it so."""
+        name = segment_name(session_id, rank)
+        try:
+            memory = posix_ipc.SharedMemory(name)
+        except posix_ipc.ExistentialError:
+            raise _problem(name, rank, "absent", "there is no such segment") from None
+        try:
+            return cls(name, memory.fd, layout.AGREEMENT_OFFSET, owned=False)
+        except BaseException:
+            os.close(memory.fd)
+            raise
+
     def view(self, offset: int, n_bytes: int) -> npt.NDArray[np.uint8]:
         """Bytes of the segment; the view keeps the mapping alive."""
         return np.frombuffer(self._map, np.uint8, n_bytes, offset)
@@ -150,6 +164,10 @@ class Segment:
             CapacityError: /dev/shm is full. Without this, touching the page would be SIGBUS.
         """
         _commit(self._fd, offset, n_bytes, self.name)
+
+    def release(self, start: int, length: int) -> None:
+        """Take whole pages out of the file; they read as 0, and must be committed again before they are touched."""
+        self._map.madvise(mmap.MADV_REMOVE, start, length)
 
     def unlink(self) -> None:
         """Remove the name, if this rank made it; the memory lives on while it is mapped."""

@@ -19,8 +19,8 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import CapacityError, PeerDied, SegmentError, SessionAborted, WaitTimeout
-from ..kernels import words
+from ..errors import CapacityError, PeerDied, SegmentError, SessionAborted, WaitTimeout, XcclError
+from ..kernels import wait, words
 from ..layout.segment import (
     ABORT_DIED,
     ABORT_EXCEPTION,
@@ -28,16 +28,25 @@ from ..layout.segment import (
     CONTROL_OFFSET,
     CTL_ABORT,
     CTL_ATTACHED,
+    CTL_LAST_WORDS,
     CTL_STATE,
+    LAST_WORDS_BYTES,
     STATE_LEFT,
     Geometry,
 )
-from .base import Fabric, wait_policy
+from .base import Fabric, wait_policy, whole_pages
 from .segment import Segment, start_ticks
 
 #: Two for the segment (ours, and the one that mmap keeps), one for the process.
 _DESCRIPTORS_PER_PEER = 3
 _OTHER_DESCRIPTORS = 64
+
+#: Between two looks for the segment of the next rank.
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0002, 0.01
+#: A rank that finds other options at another one waits so long for those that are still missing, to tell them.
+_LINGER_S = 1.0
+#: Between two looks for those of all missing ranks, and the least for each rank: such a look takes 5 us a rank.
+_SWEEP_S, _SWEEP_PER_RANK_S = 0.2, 0.005
 
 
 class ShmFabric(Fabric):
@@ -67,38 +76,65 @@ class ShmFabric(Fabric):
         deadline = time.monotonic() + join_timeout_s
         try:
             self._segments[rank] = own = Segment.create(session_id, rank, geometry)
-            for peer in range(geometry.ranks):
-                if peer != rank:
-                    self._segments[peer] = self._attach(session_id, peer, deadline, join_timeout_s)
+            self._attach_all(session_id, deadline, join_timeout_s)
             bases = [self._segments[r].base for r in range(geometry.ranks)]
             self._mapped(bases, *wait_policy(geometry.ranks, len(os.sched_getaffinity(0))))
             self._await_attached(deadline, join_timeout_s)
             own.unlink()
         except BaseException as error:
+            if isinstance(error, SegmentError):
+                self._reach_the_missing(session_id)
             self._say_that_joining_failed(error)
             self.close()
             raise
 
-    def _attach(self, session_id: bytes, peer: int, deadline: float, timeout_s: float) -> Segment:
-        pause_s = 0.0002
-        while True:
-            try:
-                segment = Segment.attach(session_id, peer, self.geometry)
-                break
-            except SegmentError as error:
-                if error.reason not in ("absent", "not_ready"):
-                    raise
-                if time.monotonic() > deadline:
-                    raise WaitTimeout(
-                        f"rank {self.rank} waited {timeout_s} s for the segment of rank {peer}: {error}",
-                        operation="join", rank=self.rank, peer=peer, timeout_s=timeout_s,
-                    ) from error  # fmt: skip
-                self._raise_if_over()
+    def _attach_all(self, session_id: bytes, deadline: float, timeout_s: float) -> None:
+        """Attach the segments of all peers as they appear."""
+        waiting = [peer for peer in range(self.ranks) if peer != self.rank]
+        pause_s = _SHORTEST_PAUSE_S
+        sweep_s = max(_SWEEP_S, _SWEEP_PER_RANK_S * self.ranks)
+        next_sweep = time.monotonic() + sweep_s
+        while waiting:
+            problem = self._attach(session_id, waiting[0])
+            if problem is None:
+                del waiting[0]
+                pause_s = _SHORTEST_PAUSE_S
+                continue
+            now = time.monotonic()
+            if now > deadline:
+                raise WaitTimeout(
+                    f"rank {self.rank} waited {timeout_s} s for the segment of rank {waiting[0]}: {problem}",
+                    operation="join", rank=self.rank, peer=waiting[0], timeout_s=timeout_s,
+                ) from problem  # fmt: skip
+            self._raise_if_over()
+            if now > next_sweep:
+                # The first may never come because of one behind it: one with other options, or one that has died.
+                next_sweep = now + sweep_s
+                waiting[1:] = [peer for peer in waiting[1:] if self._attach(session_id, peer) is not None]
             time.sleep(pause_s)
-            pause_s = min(2 * pause_s, 0.01)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _attach(self, session_id: bytes, peer: int) -> SegmentError | None:
+        """Attach the segment of a peer; why not, if that may pass with time."""
+        try:
+            segment = Segment.attach(session_id, peer, self.geometry)
+        except SegmentError as error:
+            if error.reason in ("absent", "not_ready"):
+                return error
+            if error.reason == "wrong_size":
+                self._tell_stranger(session_id, peer, error)
+            raise
         self._watch(peer, segment)
+        self._segments[peer] = segment
         words.add(segment.base + CONTROL_OFFSET + CTL_ATTACHED, 1)
-        return segment
+        return None
+
+    def _tell_stranger(self, session_id: bytes, peer: int, error: SegmentError) -> None:
+        """Tell a rank with other options, which cannot attach this rank's segment to read it there."""
+        with contextlib.suppress(OSError, XcclError):
+            segment = Segment.attach_control(session_id, peer)
+            _tell(segment, ABORT_EXCEPTION, self.rank, f"could not join ({error})")
+            segment.close()
 
     def _watch(self, peer: int, segment: Segment) -> None:
         header = segment.header()
@@ -128,39 +164,51 @@ class ShmFabric(Fabric):
 
     def _raise_if_over(self) -> None:
         """Raise if the session has ended while this rank was still joining it."""
-        own = self._segments[self.rank].base + CONTROL_OFFSET
-        word = int(words.load(own + CTL_ABORT))
-        if word:
-            kind, peer = word >> 32, word & 0xFFFFFFFF
-            said = self.last_words(peer) if peer in self._segments else ""
-            if kind != ABORT_DIED:
-                said = said or "failed"
-                raise SessionAborted(
-                    f"rank {self.rank}: session aborted, since rank {peer} {said}; during join",
-                    rank=self.rank, peer=peer, reason=said,
-                )  # fmt: skip
-            raise self._died_early(peer)
+        word = _abort_word(self._segments[self.rank])
         ended = {fd for fd, _ in self._poll.poll(0)}
         for peer, pidfd in self._pidfds.items():
             # A rank whose work needs no others may have done it, and left, before the last one has joined.
-            if pidfd in ended and words.load(self._segments[peer].base + CONTROL_OFFSET + CTL_STATE) != STATE_LEFT:
-                raise self._died_early(peer)
+            if not word and pidfd in ended and self._state_of(peer) != STATE_LEFT:
+                word = _abort_word(self._segments[peer]) or ABORT_DIED << 32 | peer
+        if not word:
+            return
+        kind, peer = word >> 32, word & 0xFFFFFFFF
+        if kind == ABORT_DIED:
+            raise PeerDied(f"rank {peer} died while the session was starting", rank=self.rank, peer=peer, reason="died")
+        said = self.last_words(self.rank) or (self.last_words(peer) if peer in self._segments else "") or "failed"
+        raise SessionAborted(
+            f"rank {self.rank}: session aborted, since rank {peer} {said}; during join",
+            rank=self.rank, peer=peer, reason=said,
+        )  # fmt: skip
 
-    def _died_early(self, peer: int) -> PeerDied:
-        return PeerDied(f"rank {peer} died while the session was starting", rank=self.rank, peer=peer, reason="died")
+    def _state_of(self, peer: int) -> int:
+        return int(words.load(self._segments[peer].base + CONTROL_OFFSET + CTL_STATE))
+
+    def _reach_the_missing(self, session_id: bytes) -> None:
+        """Wait a moment for ranks that come late: once this rank has gone, nothing would tell them what went wrong."""
+        deadline = time.monotonic() + _LINGER_S
+        missing = [peer for peer in range(self.ranks) if peer not in self._segments]
+        while missing:
+            for peer in list(missing):
+                with contextlib.suppress(SegmentError, PeerDied):
+                    if self._attach(session_id, peer) is not None:
+                        continue
+                missing.remove(peer)
+            if time.monotonic() > deadline:
+                return
+            time.sleep(_LONGEST_PAUSE_S)
 
     def _say_that_joining_failed(self, error: BaseException) -> None:
         """Tell the ranks that this one could attach: they must not wait for it."""
-        if self.rank not in self._segments or isinstance(error, SessionAborted):
-            return
-        self.controls = np.array([segment.base + CONTROL_OFFSET for segment in self._segments.values()], np.int64)
-        if isinstance(error, PeerDied):
+        kind, culprit, text = ABORT_EXCEPTION, self.rank, f"could not join ({type(error).__name__}: {error})"
+        if isinstance(error, (PeerDied, SessionAborted)):
             assert error.peer is not None
-            self.abort(ABORT_DIED, error.peer)
+            kind = ABORT_DIED if isinstance(error, PeerDied) else ABORT_EXCEPTION
+            culprit, text = error.peer, error.reason or ""
         elif isinstance(error, KeyboardInterrupt):
-            self.abort(ABORT_INTERRUPT, self.rank, "was interrupted")
-        else:
-            self.abort(ABORT_EXCEPTION, self.rank, f"could not join ({type(error).__name__}: {error})")
+            kind, text = ABORT_INTERRUPT, "was interrupted"
+        for segment in self._segments.values():
+            _tell(segment, kind, culprit, text)
 
     def view(self, rank: int, offset: int, n_bytes: int) -> npt.NDArray[np.uint8]:
         """Bytes of a rank's segment."""
@@ -169,6 +217,12 @@ class ShmFabric(Fabric):
     def commit(self, rank: int, offset: int, n_bytes: int) -> None:
         """Back a part of a rank's segment with memory, or raise CapacityError."""
         self._segments[rank].commit(offset, n_bytes)
+
+    def release(self, offset: int, n_bytes: int) -> None:
+        """Give the pages back to /dev/shm."""
+        start, length = whole_pages(offset, n_bytes)
+        if length:
+            self._segments[self.rank].release(start, length)
 
     def dead_peers(self) -> list[tuple[int, str]]:
         """Ranks whose processes have ended without leaving the session."""
@@ -183,6 +237,17 @@ class ShmFabric(Fabric):
                 dead.append((peer, "died (its process has ended)"))
         return dead
 
+    def check_peers(self) -> None:
+        """Abort the session if a peer has died, with the reason that it had been given if it knew of one."""
+        for rank, _ in self.dead_peers():
+            word = _abort_word(self._segments[rank])
+            if word:
+                # It has ended because another one had, and whoever told it so has not come round to this rank yet.
+                for control in self.controls:
+                    wait.abort(int(control), word)
+                return
+        super().check_peers()
+
     def _unwatch(self, peer: int) -> None:
         pidfd = self._pidfds.pop(peer)
         self._poll.unregister(pidfd)
@@ -194,6 +259,19 @@ class ShmFabric(Fabric):
             self._unwatch(peer)
         for segment in self._segments.values():
             segment.close()
+
+
+def _abort_word(segment: Segment) -> int:
+    return int(words.load(segment.base + CONTROL_OFFSET + CTL_ABORT))
+
+
+def _tell(segment: Segment, kind: int, culprit: int, text: str) -> None:
+    """Abort one rank while it joins. It may not have attached the culprit, so the words are left in its own segment."""
+    if not _abort_word(segment):
+        area = segment.view(CONTROL_OFFSET + CTL_LAST_WORDS, LAST_WORDS_BYTES)
+        said = text.encode(errors="replace")[: LAST_WORDS_BYTES - 1]
+        area[: len(said)] = np.frombuffer(said, np.uint8)
+    wait.abort(segment.base + CONTROL_OFFSET, kind << 32 | culprit)
 
 
 def _require_descriptors(needed: int) -> None:

@@ -135,7 +135,8 @@ def relax(control: int, n: int, seq: int, until_ns: int) -> int:
         sched_yield()
         if load_acquire(control + CTL_ABORT) != 0:
             return ABORTED
-        return n + 1
+        # With other load, a yield can give the core away for milliseconds.
+        return SLICE if now_ns() >= until_ns else n + 1
     if n == limit:
         # SYNC POINT doorbell: counted as a waiter before the condition is checked once more (pairs with `ring`).
         fetch_add(control + CTL_WAITERS, 1)

@@ -7,7 +7,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import FabricError, PeerDied, SessionAborted, XcclError
+from ..errors import CapacityError, FabricError, PeerDied, SessionAborted, XcclError
 
 
 class RankTraceback(Exception):
@@ -94,4 +94,7 @@ def raise_failure(outcomes: dict[int, Outcome]) -> None:
 def _consequence(outcome: Outcome) -> int:
     if outcome.kind == "exit":
         return 1
-    return 2 if isinstance(outcome.value, (PeerDied, SessionAborted)) else 0
+    error = outcome.value
+    # A CapacityError that names a peer is what the others are told when one rank has no room: the numbers are there.
+    told = isinstance(error, CapacityError) and "peer" in error.details
+    return 2 if told or isinstance(error, (PeerDied, SessionAborted)) else 0

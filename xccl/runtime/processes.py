@@ -166,9 +166,8 @@ class _Family:
         return pickle.loads(data) if kind == "outcome" else data
 
     def _how_it_ended(self, rank: int) -> str:
-        process = self._processes[rank]
-        process.join(1.0)
-        code = process.exitcode
+        self._await_end(rank, 1.0)
+        code = self._processes[rank].exitcode
         if code is None:
             return "closed its connection to the launcher"
         if code < 0:
@@ -181,15 +180,11 @@ class _Family:
     def end(self, patience_s: float) -> None:
         """Make sure that no process is left: time to exit in order, SIGTERM, a moment, SIGKILL."""
         started = [p for p in self._processes if p.pid is not None]
-        deadline = time.monotonic() + max(patience_s, _EXIT_S)
-        for process in started:
-            process.join(max(0.0, deadline - time.monotonic()))
+        self._await_ends(len(started), max(patience_s, _EXIT_S))
         if any(p.exitcode is None for p in started):
             for process in started:
                 process.terminate()
-            deadline = time.monotonic() + _TERMINATE_S
-            for process in started:
-                process.join(max(0.0, deadline - time.monotonic()))
+            self._await_ends(len(started), _TERMINATE_S)
         for process in started:
             if process.exitcode is None:
                 process.kill()
@@ -199,6 +194,18 @@ class _Family:
             pipe.close()
         for pidfd in self._pidfds:
             os.close(pidfd)
+
+    def _await_ends(self, ranks: int, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        for rank in range(ranks):
+            self._await_end(rank, max(0.0, deadline - time.monotonic()))
+
+    def _await_end(self, rank: int, timeout_s: float) -> None:
+        """Wait until the process has ended; `join` with a time would wait for the children of the rank, too."""
+        if rank < len(self._endings):
+            wait_connections([self._endings[rank]], timeout_s)
+        else:
+            self._processes[rank].join(timeout_s)
 
 
 @contextlib.contextmanager
