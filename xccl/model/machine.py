@@ -1,0 +1,129 @@
+"""Machine profiles: what a machine's links, engines and cores can do, every figure with its source.
+
+A profile is a TOML file. A parameter is named by its table, `link.bandwidth_gbps`; its unit is in the name. Free
+parameters carry the range that is physically possible, and calibration stays within it.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError
+
+_PROFILES = resources.files(__package__) / "profiles"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One figure of a machine.
+
+    Attributes:
+        name: table and key, with the unit.
+        value: the figure.
+        source: where it comes from.
+        low: smallest value that is physically possible; None if the parameter is not free.
+        high: largest one.
+    """
+
+    name: str
+    value: float
+    source: str
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """May calibration change it?"""
+        return self.low is not None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine: its parameters by name, and what calibration left behind.
+
+    Attributes:
+        name: of the profile.
+        title: in words.
+        parameters: by name.
+        calibration: how the free parameters were found: residuals and leave-one-out errors; empty if they were not
+            fitted.
+    """
+
+    name: str
+    title: str
+    parameters: Mapping[str, Parameter]
+    calibration: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> float:
+        return self.parameters[name].value
+
+    @property
+    def free(self) -> list[Parameter]:
+        """The parameters that calibration fits."""
+        return [p for p in self.parameters.values() if p.is_free]
+
+    def with_values(self, values: Mapping[str, float]) -> Machine:
+        """The same machine with other figures.
+
+        Raises:
+            ModelError: there is no such parameter, or the value is not a number of at least 0.
+        """
+        parameters = dict(self.parameters)
+        for name, value in values.items():
+            if name not in parameters:
+                near = ", ".join(n for n in parameters if n.split(".")[0] == name.split(".")[0]) or ", ".join(
+                    parameters
+                )
+                raise ModelError(f"machine {self.name} has no parameter {name}; there are {near}", machine=self.name)
+            if not 0 <= value < float("inf"):
+                raise ModelError(f"{name} must be a number of at least 0, got {value}", machine=self.name)
+            parameters[name] = replace(parameters[name], value=float(value))
+        return replace(self, parameters=parameters)
+
+
+def profile_names() -> list[str]:
+    """The profiles that come with xccl."""
+    return sorted(entry.name.removesuffix(".toml") for entry in _PROFILES.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_machine(name: str) -> Machine:
+    """A profile by name, or a TOML file by path.
+
+    Raises:
+        ModelError: there is no such profile, or the file is not one.
+    """
+    if name in profile_names():
+        text = (_PROFILES / f"{name}.toml").read_text(encoding="utf-8")
+    elif Path(name).is_file():
+        text = Path(name).read_text(encoding="utf-8")
+    else:
+        names = ", ".join(profile_names())
+        raise ModelError(f"there is no machine {name!r}: use one of {names}, or the path of a profile", machine=name)
+    return parse_machine(text, name)
+
+
+def parse_machine(text: str, origin: str) -> Machine:
+    """A machine from the text of a profile.
+
+    Raises:
+        ModelError: the text is not a profile.
+    """
+    try:
+        data = tomllib.loads(text)
+        calibration = data.pop("calibration", {})
+        name, title = str(data.pop("name")), str(data.pop("title"))
+        parameters = {}
+        for table, entries in data.items():
+            for key, entry in entries.items():
+                full = f"{table}.{key}"
+                parameters[full] = Parameter(
+                    full, float(entry["value"]), str(entry["source"]), entry.get("low"), entry.get("high")
+                )
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ModelError(f"{origin} is not a machine profile: {error!r}", machine=origin) from error
+    return Machine(name, title, parameters, calibration)
