@@ -5,6 +5,7 @@ The layers, top down; a module imports from lower ones only:
     cli            the command line
     runtime        launch ranks, join a session, clean up
     comm           the operations, and their NumPy oracles (`reference`)
+    model          what they would cost on UB links
     fabric         global memory: POSIX shared memory between processes, anonymous memory between threads
     kernels        compiled loops: atomics, waits, copies, quantisation, rings, dispatch and combine
     protocol       descriptions without memory: the stages of every operation, and routings

@@ -2,7 +2,8 @@
 
 Equations, for a rank and a stage (parameters in the profile's names):
 
-    time of a unit   u = startup + bytes / rate, in pieces of at most lane.buffer_bytes; lane.local_* within a die
+    time of a unit   u = startup + bytes / rate, in pieces of at most lane.buffer_bytes; lane.local_* within a die, and
+                     lane.lookup for a row whose place follows from counts
     lanes            T_lane = ceil(units / lanes) * mean u; with named lanes, the sum of the busiest
     DMA engine       T_dma = units * dma.startup + bytes / dma.rate
     transfers        a flow of all bytes, at most bytes / max(T_lane, T_dma) fast; all share ports, chips, uplinks, HBM
@@ -159,7 +160,9 @@ def _unit_us(transfers: Transfers, topology: Topology) -> Floats:
     if transfers.engine == "dma":
         return machine["dma.startup_us"] + size / (machine["dma.rate_gbps"] * 1e3)
     local = topology.tier(transfers.source, transfers.destination) == Tier.SELF
-    startup = np.where(local, machine["lane.local_startup_us"], machine["lane.startup_us"])
+    # Rows that any lane may take have places that follow from counts; named lanes work through what lies side by side.
+    lookup_us = machine["lane.lookup_us"] if transfers.lane is None else 0.0
+    startup = np.where(local, machine["lane.local_startup_us"] + lookup_us, machine["lane.startup_us"])
     rate = np.where(local, machine["lane.local_rate_gbps"], machine["lane.rate_gbps"]) * 1e3
     pieces = np.maximum(np.ceil(size / machine["lane.buffer_bytes"]), 1)
     return np.asarray(pieces * startup + size / rate, np.float64)

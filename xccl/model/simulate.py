@@ -144,7 +144,7 @@ class _Simulation:
                 self._finish(rank, float(ends[rank]))
             self._share()
         names = tuple(stage.name for stage in self._stages)
-        limits = tuple(max(sorted(found), key=lambda k: found[k]) if found else "none" for found in self._limit)
+        limits = tuple(max(sorted(found), key=lambda k: found[k]) if found else "latency" for found in self._limit)
         return Timeline(names, self._begin, self._moving, self._end, limits)
 
     def _look(self, rank: int) -> None:
@@ -269,7 +269,7 @@ class _Simulation:
         if is_work:
             limit = "vector"
         elif stage.n_bytes[rank] == 0:
-            limit = "latency"
+            return
         elif self._stopped_by[rank] < 0:
             limit = "lanes"
         else:
