@@ -201,6 +201,7 @@ class FabricSuite(Suite):
     def test_the_first_abort_counts(self) -> None:
         def main(comm: xccl.Communicator) -> tuple[int, int] | None:
             fabric = comm.core.fabric
+            comm.barrier()  # nobody is still joining, and would be told there
             if comm.rank == 0:
                 fabric.abort(ABORT_EXCEPTION, 0, "first")
                 fabric.abort(ABORT_DIED, 1, "second")
@@ -212,6 +213,7 @@ class FabricSuite(Suite):
     def test_last_words_are_cut_to_size(self) -> None:
         def main(comm: xccl.Communicator) -> str:
             fabric = comm.core.fabric
+            comm.barrier()  # nobody is still joining, and would be told there
             if comm.rank == 0:
                 fabric.abort(ABORT_EXCEPTION, 0, "x" + 400 * "é")  # a cut falls into the middle of a character
             until(fabric.abort_word, "abort word")
