@@ -12,6 +12,7 @@ import pytest
 import xccl
 from tests.conformance.communicator_suite import CommunicatorSuite
 from tests.conformance.fabric_suite import FabricSuite
+from tests.conformance.order_suite import OrderSuite
 from tests.conformance.suite import Suite
 from tests.multirank.support import launch
 from xccl.errors import CapacityError
@@ -40,6 +41,10 @@ class TestLocalFabric(Local, FabricSuite):
         assert caught.value.needed_bytes is not None
         assert caught.value.needed_bytes > 1024 << 40
         assert str(caught.value.needed_bytes) in str(caught.value)
+
+
+class TestLocalOrder(Local, OrderSuite):
+    """Signals, waits and barriers."""
 
 
 class TestLocalCommunicator(Local, CommunicatorSuite):

@@ -17,6 +17,7 @@ import pytest
 import xccl
 from tests.conformance.communicator_suite import CommunicatorSuite
 from tests.conformance.fabric_suite import FabricSuite
+from tests.conformance.order_suite import OrderSuite
 from tests.conformance.suite import Suite
 from tests.multirank.support import error_of, launch
 from xccl.errors import CapacityError, FabricError, SegmentError
@@ -77,6 +78,10 @@ class TestShmFabric(Shm, FabricSuite):
             assert 0 < error.available_bytes < 1 << 39
             assert "/dev/shm" in str(error)
             assert str(1 << 39) in str(error)
+
+
+class TestShmOrder(Shm, OrderSuite):
+    """Signals, waits and barriers."""
 
 
 class TestShmCommunicator(Shm, CommunicatorSuite):

@@ -22,7 +22,7 @@ _NAMESPACES = (["unshare", "--mount"], ["unshare", "--mount", "--user", "--map-r
 def small_shm() -> tuple[str, ...]:
     """What to run a command with, so that it has a small /dev/shm of its own."""
     if shutil.which("unshare") is None:
-        pytest.skip("there is no unshare(1) to make a small /dev/shm with")
+        pytest.skip("a small /dev/shm needs unshare(1): install util-linux to run this")
     said = ""
     for namespace in _NAMESPACES:
         tried = subprocess.run(
@@ -31,7 +31,7 @@ def small_shm() -> tuple[str, ...]:
         if tried.returncode == 0:
             return (*namespace, "sh", "-c", f'{_MOUNT} && exec "$@"', "sh")
         said += tried.stderr
-    pytest.skip(f"this user may not mount a small /dev/shm: {said.strip()}")
+    pytest.skip(f"run this as root, or where users may make namespaces, to mount a small /dev/shm: {said.strip()}")
 
 
 _CODE = """
