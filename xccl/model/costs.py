@@ -3,17 +3,21 @@
 Equations, for a rank and a stage (parameters in the profile's names):
 
     time of a unit   u = startup + bytes / rate, in pieces of at most lane.buffer_bytes; lane.local_* within a die, and
-                     lane.lookup for a row whose place follows from counts
+                     lane.header where a unit's place stands in the unit itself
     lanes            T_lane = ceil(units / lanes) * mean u; with named lanes, the sum of the busiest
-    DMA engine       T_dma = units * dma.startup + bytes / dma.rate
-    transfers        a flow of all bytes, at most bytes / max(T_lane, T_dma) fast; all share ports, chips, uplinks, HBM
-    vector work      T_work = ceil(units / lanes) * (elements / rate of the kind + bytes / lane.local_rate) of a unit,
-                     overlapping the transfers
-    signals          T_signal = ceil(signals / lanes) * sync.signal; when streamed, those of the last pieces only
+    DMA engines      T_dma = dma.startup * max(1, units / dma.outstanding) + bytes / dma.rate
+    transfers        a flow of all bytes, at most bytes / (T_lane + T_dma) fast; all share ports, chips, uplinks, HBM
+    vector work      T_work = ceil(units / lanes) * (elements * instructions / vector.rate + bytes / lane.local_rate) of
+                     a unit, overlapping the transfers; a sum is cut across the lanes, whatever its units; a scan is
+                     scalar: elements / vector.scan
+    signals          T_signal = sync.post + (ceil(signals / lanes) - 1) * sync.signal, and a round trip if a value is
+                     fetched; when streamed, those of the last pieces only
     waits            T_poll = ceil(words / lanes) * sync.poll
+    lane barrier     sync.lane_barrier, after what the lanes wrote has arrived
 
 Reading and writing a unit overlap through the ping-pong pair of unified buffers, so a unit costs the slower of the two
-once.
+once. The first signal of a lane is posted behind its data; each further one, to another peer, waits until the one
+before has left the unified buffer.
 """
 
 from __future__ import annotations
@@ -23,12 +27,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from ..protocol.stage import Description, Stage, Transfers, Work
+from ..protocol.stage import Description, Signals, Stage, Transfers, Work
 from .machine import Machine
 from .topology import Tier, Topology
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+
+#: Vector instructions for each element, of one operand. reduce: widen, multiply, add. quantise: widen, absolute value,
+#: maximum, scale, and three conversions (there is none from float32 to int8). dequantise: two conversions, scale, narrow.
+_INSTRUCTIONS = {"reduce": 3, "quantise": 7, "dequantise": 4}
 
 #: A rank that talks to more peers than this in a stage is part of a mesh.
 _PAIR_PEERS = 2
@@ -66,10 +74,11 @@ class StageCost:
         latency_us: [ranks] before the first byte of a pull is there; for a push, until the last byte is.
         pulls: whether the latency comes before the flow.
         work_us: [ranks] vector work.
+        work_unit_us: [ranks] that of the first unit, which no transfer overlaps.
         signal_us: [ranks] issuing the signals.
         arrivals: what the signals set off.
         poll_us: [ranks] looking at the awaited words.
-        waits: `what`, rank and peer columns of what is awaited.
+        waits: what is awaited, and [ranks] of how many senders.
         barrier_us: of the lanes.
         streamed: see `Stage`.
     """
@@ -84,10 +93,11 @@ class StageCost:
     latency_us: Floats
     pulls: bool
     work_us: Floats
+    work_unit_us: Floats
     signal_us: Floats
     arrivals: tuple[Arrivals, ...]
     poll_us: Floats
-    waits: tuple[tuple[str, Ints, Ints], ...]
+    waits: tuple[tuple[str, Ints], ...]
     barrier_us: float
     streamed: bool
 
@@ -125,32 +135,48 @@ def _cost_stage(stage: Stage, lanes: int, topology: Topology, is_streamed: bool)
         )
         usages.append((mover[row], resource, amount))
     first, resource, coefficient = _sparse(usages, n_bytes)
-    work = np.zeros(ranks)
+    work, work_unit = np.zeros(ranks), np.zeros(ranks)
     for item in stage.work:
-        work += np.bincount(item.rank, _work_us(item, lanes, machine), ranks)
+        work_us, work_unit_us = _work_us(item, lanes, machine)
+        work += np.bincount(item.rank, work_us, ranks)
+        work_unit += np.bincount(item.rank, work_unit_us, ranks)
     signal, arrivals = np.zeros(ranks), []
     for signals in stage.signals:
-        count = np.bincount(signals.source, signals.count * (signals.source != signals.destination), ranks)
-        if is_streamed:  # those of all pieces but the last overlap the transfers
-            count = np.minimum(count, lanes)
-        signal += np.ceil(count / lanes) * machine["sync.signal_us"]
+        signal += _signal_us(signals, lanes, topology, is_streamed)
         sent = signals.count > 0
         source, destination = signals.source[sent], signals.destination[sent]
         arrivals.append(Arrivals(signals.what, source, destination, topology.latency_us(source, destination) / 2))
     poll = np.zeros(ranks)
     waits = []
     for wait in stage.waits:
-        named = (wait.count > 0) & (wait.peer >= 0)  # of signals of any rank, no single one is worth waiting for
-        waits.append((wait.what, wait.rank[named], wait.peer[named]))
+        # Of each peer named, all its signals; of any peer, as many senders as there are signals awaited.
+        senders = np.where(wait.peer >= 0, wait.count > 0, wait.count)
+        waits.append((wait.what, np.bincount(wait.rank, senders, ranks).astype(np.int64)))
         words = np.bincount(wait.rank, wait.count, ranks)
         if is_streamed:  # as for signals
             words = np.minimum(words, lanes)
         poll += np.ceil(words / lanes) * machine["sync.poll_us"]
     return StageCost(
         stage.name, n_bytes, alone, unit, first, resource, coefficient, latency if pulls else latency / 2, pulls, work,
-        signal, tuple(arrivals), poll, tuple(waits), machine["sync.lane_barrier_us"] if stage.lane_barrier else 0.0,
+        work_unit, signal, tuple(arrivals), poll, tuple(waits), machine["sync.lane_barrier_us"] if stage.lane_barrier else 0.0,
         stage.streamed,
     )  # fmt: skip
+
+
+def _signal_us(signals: Signals, lanes: int, topology: Topology, is_streamed: bool) -> Floats:
+    """[ranks] issuing the signals."""
+    machine, ranks = topology.machine, topology.ranks
+    away = signals.count * (signals.source != signals.destination)
+    count = np.bincount(signals.source, away, ranks)
+    if is_streamed:  # those of all pieces but the last overlap the transfers
+        count = np.minimum(count, lanes)
+    rounds = np.ceil(count / lanes)
+    issue = np.where(count > 0, machine["sync.post_us"] + (rounds - 1) * machine["sync.signal_us"], 0.0)
+    if signals.fetches:
+        trip = np.zeros(ranks)
+        np.maximum.at(trip, signals.source, topology.latency_us(signals.source, signals.destination) * (away > 0))
+        issue += trip
+    return np.asarray(issue, np.float64)
 
 
 def _unit_us(transfers: Transfers, topology: Topology) -> Floats:
@@ -160,9 +186,9 @@ def _unit_us(transfers: Transfers, topology: Topology) -> Floats:
     if transfers.engine == "dma":
         return machine["dma.startup_us"] + size / (machine["dma.rate_gbps"] * 1e3)
     local = topology.tier(transfers.source, transfers.destination) == Tier.SELF
-    # Rows that any lane may take have places that follow from counts; named lanes work through what lies side by side.
-    lookup_us = machine["lane.lookup_us"] if transfers.lane is None else 0.0
-    startup = np.where(local, machine["lane.local_startup_us"] + lookup_us, machine["lane.startup_us"])
+    startup = np.where(local, machine["lane.local_startup_us"], machine["lane.startup_us"])
+    if transfers.has_header:
+        startup = startup + machine["lane.header_us"]
     rate = np.where(local, machine["lane.local_rate_gbps"], machine["lane.rate_gbps"]) * 1e3
     pieces = np.maximum(np.ceil(size / machine["lane.buffer_bytes"]), 1)
     return np.asarray(pieces * startup + size / rate, np.float64)
@@ -177,9 +203,11 @@ def _alone_us(
     busy = np.bincount(mover, total, ranks)
     mean = busy / np.maximum(units, 1)
     if transfers.engine == "dma":
-        return np.asarray(busy, np.float64), np.minimum(
-            mean, machine["lane.buffer_bytes"] / (machine["dma.rate_gbps"] * 1e3)
-        )
+        n_bytes = np.bincount(mover, transfers.n_bytes, ranks)
+        queued = np.where(units > 0, np.maximum(units / machine["dma.outstanding"], 1), 0)
+        piece_us = machine["lane.buffer_bytes"] / (machine["dma.rate_gbps"] * 1e3)
+        alone = queued * machine["dma.startup_us"] + n_bytes / (machine["dma.rate_gbps"] * 1e3)
+        return np.asarray(alone, np.float64), np.minimum(mean, piece_us)
     if transfers.lane is None:
         return np.asarray(np.ceil(units / lanes) * mean, np.float64), mean
     by_lane = np.zeros((ranks, lanes))
@@ -187,13 +215,20 @@ def _alone_us(
     return by_lane.max(axis=1), mean
 
 
-def _work_us(work: Work, lanes: int, machine: Machine) -> Floats:
-    """[n] time of each row of work; the units are dealt to the lanes."""
-    kind = "quantise" if work.kind == "dequantise" else work.kind
+def _work_us(work: Work, lanes: int, machine: Machine) -> tuple[Floats, Floats]:
+    """[n] time of each row of work, and of its first unit.
+
+    The units are dealt to the lanes; sums are cut across all of them. A scan is over before its results are of use.
+    """
+    copied = work.n_bytes / (machine["lane.local_rate_gbps"] * 1e3)
     units = np.maximum(work.units, 1)
-    each = work.elements / units / (machine[f"vector.{kind}_gelements"] * 1e3)
-    each += work.n_bytes / units / (machine["lane.local_rate_gbps"] * 1e3)
-    return np.asarray(np.ceil(work.units / lanes) * each, np.float64)
+    if work.kind == "scan":
+        total = copied + work.elements / (machine["vector.scan_gelements"] * 1e3)
+        return total, total
+    total = copied + work.elements * _INSTRUCTIONS[work.kind] / (machine["vector.rate_gelements"] * 1e3)
+    if work.kind == "reduce":
+        return total / lanes, total / lanes / units
+    return np.ceil(work.units / lanes) * total / units, total / units
 
 
 def _sparse(usages: list[tuple[Ints, Ints, Floats]], n_bytes: Floats) -> tuple[Ints, Ints, Floats]:

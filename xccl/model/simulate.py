@@ -116,7 +116,7 @@ class _Simulation:
         self._signals = {what: _Signals(ranks) for what in emitted}
         #: By stage: what it awaits of this operation (an earlier one has sent the rest), and from how many peers.
         self._awaited = [
-            [(what, np.bincount(rank, minlength=ranks)) for what, rank, _ in stage.waits if emitted.get(what, n) < k]
+            [(what, senders) for what, senders in stage.waits if emitted.get(what, n) < k]
             for k, stage in enumerate(stages)
         ]
         if n:
@@ -196,10 +196,11 @@ class _Simulation:
             self._phase[rank] = _Phase.DRAINING
             self._flow_end[rank] = flow_end
             return
-        ready = float(self._moving[k, rank])
-        work_end = ready + stage.work_us[rank]
-        end = max(flow_end, work_end)
-        self._note_limit(k, rank, is_work=work_end > flow_end)
+        # Work and transfers are a pipeline of two steps: of the shorter one, a unit sticks out.
+        work_end = float(self._moving[k, rank] + stage.work_us[rank] + stage.unit_us[rank])
+        flow_end = flow_end + float(stage.work_unit_us[rank])
+        end = max(flow_end, work_end) if stage.work_us[rank] > 0 else flow_end
+        self._note_limit(k, rank, is_work=stage.work_us[rank] > 0 and work_end > flow_end)
         if stage.streamed:
             last = max((float(self._signals[w].last_us[rank]) for w, n in self._awaited[k] if n[rank]), default=0.0)
             end = max(end, last + float(stage.unit_us[rank]))

@@ -7,7 +7,7 @@ streams keep their transfer engines. A rank overwrites its area only after "pull
 Direct
 - A2E: await-pulled, write (attention; quantised if asked), announce (a field from each attention die to each expert
   die), await-fields, pull (expert dies), release.
-- E2A: the same backwards, with the sum of a token's rows at the attention die ("reduce") at the end.
+- E2A: the same backwards; the attention die sums a token's rows as they land, while more are pulled.
 - An attention die writes a field for each expert die, 288 of them: too many small writes for a core.
 
 Trampolines: T expert dies, as many as there are attention dies if there are enough. Attention die a belongs to
@@ -16,7 +16,7 @@ trampoline A + a mod T.
   its own managed area, and then does what attention dies do in the direct protocol ("forward-" stages): a field to each
   other expert die, which pulls its rows from there. What is for the trampoline's own experts it copies.
 - E2A: an expert die announces to each trampoline the rows for that one's attention dies; trampolines pull them, and
-  announce all to each of their attention dies by one field; it pulls, and sums.
+  announce all to each of their attention dies by one field; it pulls, and sums as rows land.
 
 `copies` says what travels between an attention die and its trampoline. "row": a row for each expert of a token, as
 attention has written them, nothing to be done at the trampoline. "token": each token once; the trampoline makes the
@@ -29,6 +29,7 @@ once.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -81,7 +82,7 @@ def a2e(
     if quant == "int8":
         work = (Work(flow.attention, "quantise", tokens, tokens * hidden * item_bytes, tokens * hidden),)
     area = Transfers(flow.attention, flow.attention, written, written * row_bytes, "source", "rows")
-    write = Stage("write", transfers=(area,), work=work)
+    write = Stage("write", transfers=(area,), work=work, lane_barrier=True)
     if not trampolines:
         stages = flow.pull(flow.to_experts(), write, flow.rows_from(flow.pair_attention, flow.pair_expert, row_bytes))
     else:
@@ -111,30 +112,28 @@ def e2a(
     flow = _Flow(routing, trampolines, engine, forward_engine or engine)
     row_bytes = hidden * item_bytes
     area = Transfers(flow.expert, flow.expert, routing.received, routing.received * row_bytes, "source", "rows")
-    write = Stage("write", transfers=(area,))
+    write = Stage("write", transfers=(area,), lane_barrier=True)
     once = trampolines > 0 and copies == "token"
     summed = (routing.sent + routing.tokens) * row_bytes + routing.sent * WEIGHT_BYTES
+    at_attention = Work(flow.attention, "reduce", routing.tokens, summed, routing.sent * hidden)
     if not trampolines:
-        rows = flow.rows_from(flow.pair_expert, flow.pair_attention, row_bytes)
-        stages = flow.pull((flow.pair_expert, flow.pair_attention), write, rows)
+        pull = flow.rows_from(flow.pair_expert, flow.pair_attention, row_bytes)
+        pull = replace(pull, work=(at_attention,))
+        stages = flow.pull((flow.pair_expert, flow.pair_attention), write, pull)
     else:
-        gathered = flow.gathered(row_bytes)
+        at = flow.by_trampoline
+        at_trampoline = Work(flow.trampoline, "reduce", at(routing.tokens), at(summed), at(routing.sent) * hidden)
+        gathered = replace(flow.gathered(row_bytes), work=(at_trampoline,) if once else ())
         to_trampolines = flow.to_experts(forwarded=True)[::-1]
         returned = routing.sending if once else routing.sent
         pieces = _units(engine, returned, np.minimum(returned, 1))
         bulk = Transfers(
             flow.own_trampoline, flow.attention, pieces, returned * row_bytes, "destination", "rows", engine
         )  # fmt: skip
+        handed = Stage("forward-pull", transfers=(bulk,), work=() if once else (at_attention,))
         first = flow.pull(to_trampolines, write, gathered)
-        second = flow.forward((flow.own_trampoline, flow.attention), Stage("forward-pull", transfers=(bulk,)))
-        if once:
-            at = flow.by_trampoline
-            work = Work(flow.trampoline, "reduce", at(routing.tokens), at(summed), at(routing.sent) * hidden)
-            first = (*first, Stage("reduce", work=(work,)))
+        second = flow.forward((flow.own_trampoline, flow.attention), handed)
         stages = (second[0], *first, *second[1:])
-    if not once:
-        work = Work(flow.attention, "reduce", routing.tokens, summed, routing.sent * hidden)
-        stages = (*stages, Stage("reduce", work=(work,)))
     return _description("e2a", flow, stages, lanes, row_bytes, row_bytes)
 
 

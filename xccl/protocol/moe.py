@@ -6,7 +6,8 @@ Rules
   pulled all it wanted (an 8-byte word). A field is written for an empty block, too: each rank waits for those of all.
 - Stages of both:
     await-pulled: every peer has pulled the operation before. The very first operation looks at the words, too.
-    write: tokens, quantised once each if asked, into the own managed area, a row for each expert of a token.
+    write: tokens, quantised once each if asked, into the own managed area, a row for each expert of a token. The lanes
+           meet at the end: a field speaks for the rows of all of them.
     announce: a field to every peer.
     await-fields: those of every peer.
     pull: the rows from every peer's area. Dispatch pulls the peer's counts, scales and places (token and slot) with
@@ -76,7 +77,7 @@ def dispatch(
         pulled.append(Transfers(source, destination, runs, rows * SCALE_BYTES, "destination", "scales"))
         tokens = routing.sending
         work = (Work(every, "quantise", tokens, tokens * hidden * item_bytes, tokens * hidden),)
-    stages = _stages(ranks, Stage("write", transfers=tuple(written), work=work), Stage("pull", transfers=tuple(pulled)))
+    stages = _stages(ranks, Stage("write", transfers=tuple(written), work=work, lane_barrier=True), Stage("pull", transfers=tuple(pulled)))
     away = sent - np.diagonal(routing.rows)
     payload = away * (row_bytes + (SCALE_BYTES if quant == "int8" else 0))
     return Description("dispatch", "pull", ranks, stages, lanes, payload)
@@ -100,7 +101,7 @@ def combine(routing: RoutingCounts, *, hidden: int, item_bytes: int = 2, lanes: 
     pulled = Transfers(expert, origin, rows, rows * row_bytes, "destination", "rows")
     summed = routing.tokens * row_bytes + routing.sent * WEIGHT_BYTES
     work = Work(every, "reduce", routing.tokens, summed, routing.sent * hidden)
-    stages = _stages(ranks, Stage("write", transfers=(written,)), Stage("pull", transfers=(pulled,), work=(work,)))
+    stages = _stages(ranks, Stage("write", transfers=(written,), lane_barrier=True), Stage("pull", transfers=(pulled,), work=(work,)))
     payload = (received - np.diagonal(routing.rows)) * row_bytes
     return Description("combine", "pull", ranks, stages, lanes, payload)
 

@@ -123,7 +123,7 @@ def dispatch(
     send = Transfers(source, destination, rows, rows * packet_bytes, "source", "packets")
     received, each = routing.received, np.ones_like(every)
     assembled = [
-        Transfers(every, every, received, received * row_bytes, "destination", "rows"),
+        Transfers(every, every, received, received * row_bytes, "destination", "rows", has_header=True),
         Transfers(every, every, np.minimum(received, 1), received * PLACE_BYTES, "destination", "places"),
         Transfers(every, every, each, each * COUNT_BYTES * routing.local_experts, "destination", "counts"),
     ]

@@ -67,6 +67,7 @@ class Transfers:
         engine: what moves it.
         lane: [n] lane that does it, -1 where all lanes of the mover share the pieces evenly.
         what: the payload, in a word.
+        has_header: each piece says by itself where it belongs, so that its header is read before it can be moved.
     """
 
     source: Ints
@@ -77,6 +78,7 @@ class Transfers:
     what: str
     engine: Engine = "mte"
     lane: Ints | None = None
+    has_header: bool = False
 
 
 @dataclass(frozen=True, eq=False)
