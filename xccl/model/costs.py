@@ -34,8 +34,8 @@ from .topology import Tier, Topology
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-#: Vector instructions for each element, of one operand. reduce: widen, multiply, add. quantise: widen, absolute value,
-#: maximum, scale, and three conversions (there is none from float32 to int8). dequantise: two conversions, scale, narrow.
+#: Vector instructions for each element of one operand. reduce: widen, multiply, add. quantise: widen, absolute value,
+#: maximum, scale, three conversions (there is none from float32 to int8). dequantise: two conversions, scale, narrow.
 _INSTRUCTIONS = {"reduce": 3, "quantise": 7, "dequantise": 4}
 
 #: A rank that talks to more peers than this in a stage is part of a mesh.
@@ -111,6 +111,38 @@ def cost_stages(description: Description, topology: Topology) -> list[StageCost]
     return stages
 
 
+def stage_end_us(
+    stage: StageCost, at: int | slice, moving_us: float | Floats, flow_end_us: float | Floats, last_us: float | Floats
+) -> Floats:
+    """When ranks end a stage.
+
+    Args:
+        stage: the stage.
+        at: a rank, or those of all arrays.
+        moving_us: when what it waits for was there.
+        flow_end_us: when its bytes have moved.
+        last_us: when the last signal is there that a streamed stage works along with; 0 if there is none.
+    """
+    # Work and transfers are a pipeline of two steps: of the shorter one, a unit sticks out.
+    end = flow_end_us + stage.work_unit_us[at]
+    end = np.where(stage.work_us[at] > 0, np.maximum(end, moving_us + stage.work_us[at] + stage.unit_us[at]), end)
+    if stage.streamed:
+        end = np.maximum(end, last_us + np.where(np.asarray(last_us) > 0, stage.unit_us[at], 0.0))
+    if stage.barrier_us:
+        end = end + stage.barrier_us + (0.0 if stage.pulls else stage.latency_us[at])
+    return np.asarray(end + stage.signal_us[at], np.float64)
+
+
+def awaited_senders(stages: list[StageCost], ranks: int) -> list[list[tuple[str, Ints]]]:
+    """By stage: what it awaits of this operation (an earlier one has sent the rest), and [ranks] from how many."""
+    sent: set[str] = set()
+    found = []
+    for stage in stages:
+        found.append([(what, senders) for what, senders in stage.waits if what in sent])
+        sent |= {arrivals.what for arrivals in stage.arrivals}
+    return found
+
+
 def _cost_stage(stage: Stage, lanes: int, topology: Topology, is_streamed: bool) -> StageCost:
     machine, ranks = topology.machine, topology.ranks
     n_bytes = np.zeros(ranks)
@@ -156,10 +188,10 @@ def _cost_stage(stage: Stage, lanes: int, topology: Topology, is_streamed: bool)
         if is_streamed:  # as for signals
             words = np.minimum(words, lanes)
         poll += np.ceil(words / lanes) * machine["sync.poll_us"]
+    barrier_us = machine["sync.lane_barrier_us"] if stage.lane_barrier else 0.0
     return StageCost(
         stage.name, n_bytes, alone, unit, first, resource, coefficient, latency if pulls else latency / 2, pulls, work,
-        work_unit, signal, tuple(arrivals), poll, tuple(waits), machine["sync.lane_barrier_us"] if stage.lane_barrier else 0.0,
-        stage.streamed,
+        work_unit, signal, tuple(arrivals), poll, tuple(waits), barrier_us, stage.streamed,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,30 @@ def parse_machine(text: str, origin: str) -> Machine:
         for table, entries in data.items():
             for key, entry in entries.items():
                 full = f"{table}.{key}"
-                parameters[full] = Parameter(
-                    full, float(entry["value"]), str(entry["source"]), entry.get("low"), entry.get("high")
-                )
+                bounds = (entry["low"], entry["high"]) if "low" in entry or "high" in entry else (None, None)
+                parameters[full] = Parameter(full, float(entry["value"]), str(entry["source"]), *bounds)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ModelError(f"{origin} is not a machine profile: {error!r}", machine=origin) from error
+    _check(parameters, origin)
     return Machine(name, title, parameters, calibration)
+
+
+def _check(parameters: Mapping[str, Parameter], origin: str) -> None:
+    """Raise ModelError for a figure that cannot be, or that the model would miss."""
+    for parameter in parameters.values():
+        low, high = (parameter.low, parameter.high) if parameter.low is not None else (0.0, float("inf"))
+        if not (0 <= parameter.value < float("inf") and low <= parameter.value <= (high or low)):
+            raise ModelError(
+                f"{origin}: {parameter.name} is {parameter.value}, allowed is {low} to {high}", machine=origin
+            )
+    missing = sorted(_required() - set(parameters))
+    if missing:
+        raise ModelError(f"{origin} is not a machine profile: it has no {', '.join(missing)}", machine=origin)
+
+
+@cache
+def _required() -> frozenset[str]:
+    """What the model asks of every machine: the parameters of its first one."""
+    data = tomllib.loads((_PROFILES / "cm384.toml").read_text(encoding="utf-8"))
+    tables = {table: entries for table, entries in data.items() if isinstance(entries, dict) and table != "calibration"}
+    return frozenset(f"{table}.{key}" for table, entries in tables.items() for key in entries)

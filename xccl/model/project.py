@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import ModelError
 from ..layout.ring import MAX_LANES
-from ..protocol import moe, moe_push, p2p
+from ..protocol import a2e, moe, moe_push, p2p
 from ..protocol.counts import RoutingCounts
 from ..protocol.stage import Description
 from .machine import Machine
@@ -15,6 +15,11 @@ from .topology import place
 
 #: Routed experts of DeepSeek-R1, which the published deployments serve.
 ROUTED_EXPERTS = 256
+
+PROTOCOLS = ("push", "pull", "deepep")
+#: DeepEP: elements that share a scale, and bytes in front of a row that name its source (its README, low-latency mode).
+_FP8_BLOCK = 128
+_DEEPEP_HEADER_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ def describe_moe(
     experts: int | None = None,
     quant: str = "int8",
     protocol: str = "push",
+    machine: Machine | None = None,
 ) -> Description:
     """A dispatch or combine with evenly loaded experts.
 
@@ -67,23 +73,89 @@ def describe_moe(
         top_k: experts of a token.
         experts: in all; by default 256, or as many more as the ranks divide (redundant ones).
         quant: "int8" or "none", for dispatch.
-        protocol: "push" (CANN's fused operators) or "pull" (XCCL).
+        protocol: "push" (CANN's fused operators), "pull" (XCCL), or "deepep": DeepEP's low-latency kernels, which push,
+            too, FP8 with a float32 scale for every 128 elements instead of INT8.
+        machine: whose lanes take part; those of a die of CloudMatrix384 if None.
 
     Raises:
         ModelError: there is no such operation or protocol, or the ranks do not divide the experts.
     """
-    if operation not in ("dispatch", "combine") or protocol not in ("push", "pull") or quant not in ("int8", "none"):
+    if operation not in ("dispatch", "combine") or protocol not in PROTOCOLS or quant not in ("int8", "none"):
         raise ModelError(f"no model of {operation!r} by protocol {protocol!r} with quant {quant!r}")
     if experts is None:
         experts = -(-ROUTED_EXPERTS // ranks) * ranks
     if experts % ranks or top_k > experts:
         raise ModelError(f"{experts} experts are not a multiple of {ranks} ranks, or fewer than top_k {top_k}")
     routing = RoutingCounts.uniform(ranks, experts=experts, tokens=tokens, top_k=top_k)
+    how: moe.Quant = "int8" if quant == "int8" else "none"
+    lanes = MAX_LANES if machine is None else int(machine["lane.count"])
+    if protocol == "deepep":
+        scale_bytes = -(-hidden // _FP8_BLOCK) * 4
+        if operation == "dispatch":
+            return moe_push.dispatch(
+                routing, hidden=hidden, quant=how, lanes=lanes, header_bytes=_DEEPEP_HEADER_BYTES,
+                scale_bytes=scale_bytes, flags_per="expert",
+            )  # fmt: skip
+        return moe_push.combine(routing, hidden=hidden, lanes=lanes, header_bytes=0)
     is_push = protocol == "push"
     if operation == "dispatch":
+        return (moe_push.dispatch if is_push else moe.dispatch)(routing, hidden=hidden, quant=how, lanes=lanes)
+    return (moe_push.combine if is_push else moe.combine)(routing, hidden=hidden, lanes=lanes)
+
+
+def describe_a2e(
+    operation: str,
+    *,
+    attention: int,
+    experts: int,
+    tokens: int,
+    hidden: int = 7168,
+    top_k: int = 8,
+    shared: int | None = None,
+    quant: str = "int8",
+    trampolines: int | None = None,
+    machine: Machine | None = None,
+) -> Description:
+    """A2E or E2A with evenly loaded experts, one on each expert die (XDS §3.3).
+
+    Args:
+        operation: "a2e" or "e2a".
+        attention: attention dies.
+        experts: expert dies, those of the shared expert's replicas included.
+        tokens: of each attention die.
+        hidden: elements of a token.
+        top_k: routed experts of a token.
+        shared: replicas of a shared expert among the expert dies, to one of which each token goes besides; by default
+            all beyond 256 dies.
+        quant: "int8" or "none", for A2E.
+        trampolines: expert dies that forward; 0 is direct; None is as many as there are attention dies, if there are.
+        machine: whose lanes take part; those of a die of CloudMatrix384 if None.
+
+    Raises:
+        ModelError: there is no such operation, or the numbers do not fit.
+    """
+    if operation not in ("a2e", "e2a") or quant not in ("int8", "none"):
+        raise ModelError(f"no model of {operation!r} with quant {quant!r}")
+    if shared is None:
+        shared = max(0, experts - ROUTED_EXPERTS)
+    routed = experts - shared
+    if attention < 1 or tokens < 0 or not 0 <= shared < max(experts, 1) or not 1 <= top_k <= routed:
+        raise ModelError(
+            f"{attention} attention dies with {tokens} tokens, top-{top_k} of {routed} routed and {shared} shared of "
+            f"{experts} expert dies: each must be at least 1, tokens and shared at least 0, and top-k at most routed"
+        )
+    if trampolines is None:
+        trampolines = a2e.default_trampolines(attention, experts)
+    if not 0 <= trampolines <= experts:
+        raise ModelError(f"{trampolines} trampolines of {experts} expert dies: 0 to {experts} are possible")
+    routing = RoutingCounts.uniform(
+        attention, experts=routed, tokens=tokens, top_k=top_k, shared=shared, destinations=experts
+    )
+    lanes = MAX_LANES if machine is None else int(machine["lane.count"])
+    if operation == "a2e":
         how: moe.Quant = "int8" if quant == "int8" else "none"
-        return (moe_push.dispatch if is_push else moe.dispatch)(routing, hidden=hidden, quant=how)
-    return (moe_push.combine if is_push else moe.combine)(routing, hidden=hidden)
+        return a2e.a2e(routing, hidden=hidden, quant=how, lanes=lanes, trampolines=trampolines)
+    return a2e.e2a(routing, hidden=hidden, lanes=lanes, trampolines=trampolines)
 
 
 def describe_send(machine: Machine, *, n_bytes: int, lanes: int) -> Description:

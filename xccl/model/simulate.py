@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..errors import ModelError
 from ..protocol.stage import Description
-from .costs import StageCost, cost_stages
+from .costs import StageCost, awaited_senders, cost_stages, stage_end_us
 from .fairshare import max_min_rates
 from .topology import Topology
 
@@ -112,13 +112,8 @@ class _Simulation:
         self._rate = np.zeros(ranks)
         self._flow_end = np.zeros(ranks)
         self._stopped_by = np.full(ranks, -1, np.int64)
-        emitted = {a.what: k for k, stage in enumerate(stages) for a in stage.arrivals}
-        self._signals = {what: _Signals(ranks) for what in emitted}
-        #: By stage: what it awaits of this operation (an earlier one has sent the rest), and from how many peers.
-        self._awaited = [
-            [(what, senders) for what, senders in stage.waits if emitted.get(what, n) < k]
-            for k, stage in enumerate(stages)
-        ]
+        self._signals = {arrivals.what: _Signals(ranks) for stage in stages for arrivals in stage.arrivals}
+        self._awaited = awaited_senders(stages, ranks)
         if n:
             self._begin[0] = 0.0 if start_us is None else start_us
 
@@ -196,17 +191,12 @@ class _Simulation:
             self._phase[rank] = _Phase.DRAINING
             self._flow_end[rank] = flow_end
             return
-        # Work and transfers are a pipeline of two steps: of the shorter one, a unit sticks out.
-        work_end = float(self._moving[k, rank] + stage.work_us[rank] + stage.unit_us[rank])
-        flow_end = flow_end + float(stage.work_unit_us[rank])
-        end = max(flow_end, work_end) if stage.work_us[rank] > 0 else flow_end
-        self._note_limit(k, rank, is_work=stage.work_us[rank] > 0 and work_end > flow_end)
+        moving = float(self._moving[k, rank])
+        last = 0.0
         if stage.streamed:
             last = max((float(self._signals[w].last_us[rank]) for w, n in self._awaited[k] if n[rank]), default=0.0)
-            end = max(end, last + float(stage.unit_us[rank]))
-        if stage.barrier_us:
-            end += stage.barrier_us + (0.0 if stage.pulls else float(stage.latency_us[rank]))
-        end += float(stage.signal_us[rank])
+        end = float(stage_end_us(stage, rank, moving, flow_end, last))
+        self._note_limit(k, rank, is_work=moving + stage.work_us[rank] > flow_end)
         self._end[k, rank] = end
         for arrivals in stage.arrivals:
             mine = arrivals.source == rank

@@ -77,7 +77,11 @@ def dispatch(
         pulled.append(Transfers(source, destination, runs, rows * SCALE_BYTES, "destination", "scales"))
         tokens = routing.sending
         work = (Work(every, "quantise", tokens, tokens * hidden * item_bytes, tokens * hidden),)
-    stages = _stages(ranks, Stage("write", transfers=tuple(written), work=work, lane_barrier=True), Stage("pull", transfers=tuple(pulled)))
+    stages = _stages(
+        ranks,
+        Stage("write", transfers=tuple(written), work=work, lane_barrier=True),
+        Stage("pull", transfers=tuple(pulled)),
+    )
     away = sent - np.diagonal(routing.rows)
     payload = away * (row_bytes + (SCALE_BYTES if quant == "int8" else 0))
     return Description("dispatch", "pull", ranks, stages, lanes, payload)
@@ -101,7 +105,9 @@ def combine(routing: RoutingCounts, *, hidden: int, item_bytes: int = 2, lanes: 
     pulled = Transfers(expert, origin, rows, rows * row_bytes, "destination", "rows")
     summed = routing.tokens * row_bytes + routing.sent * WEIGHT_BYTES
     work = Work(every, "reduce", routing.tokens, summed, routing.sent * hidden)
-    stages = _stages(ranks, Stage("write", transfers=(written,), lane_barrier=True), Stage("pull", transfers=(pulled,), work=(work,)))
+    stages = _stages(
+        ranks, Stage("write", transfers=(written,), lane_barrier=True), Stage("pull", transfers=(pulled,), work=(work,))
+    )
     payload = (received - np.diagonal(routing.rows)) * row_bytes
     return Description("combine", "pull", ranks, stages, lanes, payload)
 

@@ -100,6 +100,7 @@ def dispatch(
     quant: Quant = "int8",
     lanes: int = MAX_LANES,
     header_bytes: int = DISPATCH_HEADER_BYTES,
+    scale_bytes: int = SCALE_BLOCK_BYTES,
     flags_per: Literal["peer", "expert"] = "peer",
 ) -> Description:
     """Each token to the ranks of its experts.
@@ -111,11 +112,12 @@ def dispatch(
         quant: "int8", with a float32 scale a token, or "none".
         lanes: of each rank.
         header_bytes: of a row, with what aligns it.
+        scale_bytes: of a quantised row's scale, or scales, aligned.
         flags_per: "peer": a block of counts and a flag to each peer, as the paper's text has it. "expert": one field
             for each expert, with its count and a flag.
     """
     ranks = require_square(routing)
-    packet_bytes = message_bytes(hidden, item_bytes=item_bytes, quant=quant) + header_bytes
+    packet_bytes = header_bytes + (hidden + scale_bytes if quant == "int8" else hidden * item_bytes)
     row_bytes = hidden if quant == "int8" else hidden * item_bytes
     every = np.arange(ranks, dtype=np.int64)
     source, destination = all_pairs(ranks)

@@ -24,6 +24,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from ..layout.ring import MAX_LANES
 from .stage import Description, Engine, Ints, Signals, Stage, Transfers, Waits, ints, payload_between, rank_columns
 
 SIGNAL_BYTES = 8
@@ -113,7 +114,7 @@ def barrier(ranks: int, last: int | None = None) -> Description:
     return _description(
         "barrier",
         ranks,
-        1,
+        MAX_LANES,
         Stage("arrive", signals=(arrive,)),
         Stage("release", signals=(release,)),
         Stage("await-release", waits=(await_release,)),
