@@ -44,14 +44,14 @@ import numpy.typing as npt
 from ..errors import CapacityError, EventMismatch, FabricError, UsageError, XcclError
 from ..kernels import moe as kernels
 from ..layout import moe as layout
-from ..layout.dtypes import BF16, CODE_OF, FP16, FP32, NAME_OF
 from ..layout.moe import EXPERT_FIELD_BYTES, SOURCE_DTYPE, STATE, expert_blocks
 from ..layout.record import align_up
 from ..trace.record import Operation
 from . import traced
-from .buffers import BufferPool, address_of, readable, require_int
+from .buffers import BufferPool, address_of, require_int
 from .core import Core
 from .dispatched import Dispatched, Routing
+from .moe_input import bad_choice, check_outputs, check_tokens, check_weights, require_choice, require_float
 from .symmetric import SymmetricAllocator, collective_free, give_back
 
 #: Rows of the managed area are committed in units of this.
@@ -129,9 +129,9 @@ class ExpertParallel:
         self.hidden = require_int(hidden, "hidden", 1, 1 << 20)
         self.top_k = require_int(top_k, "top_k", 1, 1 << 10)
         self.max_tokens = require_int(max_tokens, "max_tokens", 0, 1 << 20)
-        self.dtype, code = _require_dtype(dtype)
-        self.quant = _require_choice(quant if quant is not None else "none", "quant", ("int8", "none"))
-        self.protocol = _require_choice(protocol, "protocol", ("pull",))
+        self.dtype, code = require_float(dtype)
+        self.quant = require_choice(quant if quant is not None else "none", "quant", ("int8", "none"))
+        self.protocol = require_choice(protocol, "protocol", ("pull",))
         return code
 
     def _allocate(self, comm: Any, code: int) -> None:
@@ -222,17 +222,16 @@ class ExpertParallel:
             WaitTimeout, PeerDied, SessionAborted: see `xccl.errors`.
         """
         self._require_usable()
-        x, idx = self._check_tokens(x, topk_idx)
+        x, idx = check_tokens(
+            x, topk_idx, dtype=self.dtype, hidden=self.hidden, top_k=self.top_k, max_tokens=self.max_tokens,
+            num_experts=self.num_experts, row_bytes=self._row_bytes,
+        )  # fmt: skip
         core = self._core
         operation = None if core.trace is None else core.trace.start("dispatch", self._dispatches + 1)
         routing = Routing(idx.shape[0], self.top_k, self.num_experts, self.local_experts, core.size)
         rows = kernels.route.call(self._address, routing.address, idx.ctypes.data)
         if rows < 0:
-            t, k = divmod(-1 - rows, self.top_k)
-            raise UsageError(
-                f"topk_idx[{t}, {k}] is {idx[t, k]}, allowed are -1 to {self.num_experts - 1}",
-                value=int(idx[t, k]), bound=self.num_experts - 1,
-            )  # fmt: skip
+            raise bad_choice(idx, -1 - rows, self.num_experts)
         self._commit(self._rows, rows * self._row_bytes)
         epoch = self._dispatches + 1
         fields = self._dispatch_fields
@@ -297,8 +296,14 @@ class ExpertParallel:
             CapacityError, WaitTimeout, PeerDied, SessionAborted: see `xccl.errors`.
         """
         self._require_usable()
-        out, weights = self._check_outputs(expert_out, dispatched, topk_weights)
+        if getattr(dispatched, "owner", None) is not self:
+            raise UsageError(
+                "combine needs what dispatch of the same ExpertParallel object returned",
+                value=type(dispatched).__name__,
+            )
         routing = dispatched.routing
+        out = check_outputs(expert_out, (dispatched.source.shape[0], self.hidden), self.dtype)
+        weights = check_weights(topk_weights, (routing.tokens, self.top_k))
         core = self._core
         operation = None if core.trace is None else core.trace.start("combine", self._combines + 1)
         self._commit(self._returns, out.nbytes)
@@ -316,7 +321,7 @@ class ExpertParallel:
             self._await(fields, layout.EXF_EVENT, epoch, "combine, step 5 (fields of all ranks)")
             self._check_same_dispatch(routing, fields)
             self._step("combine", "pull", operation)
-            y = self._pool.take((routing.tokens, self.hidden), self.dtype)
+            y: npt.NDArray[Any] = self._pool.take((routing.tokens, self.hidden), self.dtype)
             kernels.combine_reduce.call(
                 self._address, routing.address, fields, address_of(weights), address_of(y)
             )  # fmt: skip
@@ -375,83 +380,3 @@ class ExpertParallel:
         self._core.require_open()
         if self._broken is not None:
             raise FabricError(f"rank {self._core.rank}: this ExpertParallel object is unusable: {self._broken}")
-
-    def _check_tokens(
-        self, x: npt.NDArray[Any], topk_idx: npt.NDArray[Any]
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        x = readable(x, "x")
-        if x.dtype != self.dtype:
-            raise UsageError(f"x must be {self.dtype}, got {x.dtype}", value=str(x.dtype), bound=str(self.dtype))
-        if x.ndim != 2 or x.shape[1] != self.hidden:
-            raise UsageError(
-                f"x must have shape [tokens, {self.hidden}], got {x.shape}", value=x.shape, bound=self.hidden
-            )
-        tokens = x.shape[0]
-        if tokens > self.max_tokens:
-            raise CapacityError(
-                f"x has {tokens} tokens, max_tokens is {self.max_tokens}; it must be at least {tokens}",
-                needed_bytes=tokens * self.top_k * self._row_bytes,
-                available_bytes=self.max_tokens * self.top_k * self._row_bytes,
-                value=tokens, bound=self.max_tokens,
-            )  # fmt: skip
-        idx = readable(topk_idx, "topk_idx")
-        if idx.dtype.kind not in "iu":
-            raise UsageError(f"topk_idx must be integers, got {idx.dtype}", value=str(idx.dtype))
-        if idx.shape != (tokens, self.top_k):
-            raise UsageError(
-                f"topk_idx must have shape ({tokens}, {self.top_k}), got {idx.shape}",
-                value=idx.shape,
-                bound=(tokens, self.top_k),
-            )
-        if idx.dtype == np.uint64 and idx.size and idx.max() >= self.num_experts:  # would wrap to negative numbers
-            raise UsageError(
-                f"topk_idx has {idx.max()}, allowed are -1 to {self.num_experts - 1}",
-                value=int(idx.max()), bound=self.num_experts - 1,
-            )  # fmt: skip
-        return x, idx.astype(np.int64, copy=False)
-
-    def _check_outputs(
-        self, expert_out: npt.NDArray[Any], dispatched: Dispatched, topk_weights: npt.NDArray[Any]
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
-        if getattr(dispatched, "owner", None) is not self:
-            raise UsageError(
-                "combine needs what dispatch of the same ExpertParallel object returned",
-                value=type(dispatched).__name__,
-            )
-        out = readable(expert_out, "expert_out")
-        expected = (dispatched.source.shape[0], self.hidden)
-        if out.dtype != self.dtype:
-            raise UsageError(
-                f"expert_out must be {self.dtype}, got {out.dtype}", value=str(out.dtype), bound=str(self.dtype)
-            )
-        if out.shape != expected:
-            raise UsageError(f"expert_out must have shape {expected}, got {out.shape}", value=out.shape, bound=expected)
-        weights = readable(topk_weights, "topk_weights")
-        shape = (dispatched.routing.tokens, self.top_k)
-        if weights.shape != shape:
-            raise UsageError(
-                f"topk_weights must have shape {shape}, got {weights.shape}", value=weights.shape, bound=shape
-            )
-        if weights.dtype != np.float32:
-            if weights.dtype.kind != "f" and CODE_OF.get(weights.dtype) != BF16:
-                raise UsageError(f"topk_weights must be floating point, got {weights.dtype}", value=str(weights.dtype))
-            weights = weights.astype(np.float32)
-        return out, weights
-
-
-def _require_dtype(dtype: npt.DTypeLike) -> tuple[np.dtype[Any], int]:
-    try:
-        found: np.dtype[Any] = np.dtype(dtype)
-    except TypeError:
-        raise UsageError(f"dtype must be bfloat16, float16 or float32, got {dtype!r}", value=dtype) from None
-    code = CODE_OF.get(found)
-    if code not in (BF16, FP16, FP32):
-        names = ", ".join(NAME_OF[c] for c in (BF16, FP16, FP32))
-        raise UsageError(f"dtype must be one of {names}, got {found}", value=str(found))
-    return found, code
-
-
-def _require_choice(value: str, name: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(choices)}, got {value!r}", value=value, bound=choices)
-    return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ..layout.moe import (
     COUNT_BITS,
+    COUNT_MASK,
     EP_COUNTS,
     EP_DTYPE,
     EP_EXPERTS,
@@ -24,6 +25,7 @@ from ..layout.moe import (
     EP_SCRATCH,
     EP_SEGMENTS,
     EP_TOP_K,
+    EPOCH_MASK,
     EXF_COUNT,
     EXF_EVENT,
     EXF_FIRST_ROW,
@@ -45,10 +47,8 @@ from .reduce import weighted_sum_rows
 from .wait import OK, ring
 
 #: In `row_of`, the rank that owns the expert stands above the row's number.
-_ROW_BITS = 40
-_ROW_MASK = (1 << _ROW_BITS) - 1
-_COUNT_MASK = (1 << COUNT_BITS) - 1
-_EPOCH_MASK = (1 << (64 - COUNT_BITS - 1)) - 1
+ROW_BITS = 40
+ROW_MASK = (1 << ROW_BITS) - 1
 
 
 @device
@@ -113,13 +113,13 @@ def route(state: int, routing: int, topk_idx: int) -> int:
         else:
             row = load_i64(cursor + 8 * e)
             store_i64(cursor + 8 * e, row + 1)
-            store_i64(row_of + 8 * i, ((e // local_experts) << _ROW_BITS) | row)
+            store_i64(row_of + 8 * i, ((e // local_experts) << ROW_BITS) | row)
     return rows
 
 
-@kernel("void(int64, int64, int64)")
-def dispatch_write(state: int, routing: int, x: int) -> None:
-    """Steps 1 to 3: each token, quantised once if asked, into its rows in the own managed area."""
+@device
+def write_rows(state: int, routing: int, x: int) -> None:
+    """Each token, quantised once if asked, into its rows in the own managed area, with scales and places."""
     own = _segment(state, load_i64(state + EP_RANK))
     top_k = load_i64(state + EP_TOP_K)
     hidden = load_i64(state + EP_HIDDEN)
@@ -130,11 +130,7 @@ def dispatch_write(state: int, routing: int, x: int) -> None:
     rows = own + load_i64(state + EP_ROWS)
     scales = own + load_i64(state + EP_SCALES)
     places = own + load_i64(state + EP_PLACES)
-    counts = own + load_i64(state + EP_COUNTS)
     quant = load_i64(state + EP_QUANT)
-    sent_first = load_i64(routing + RT_SENT_FIRST)
-    for e in range(load_i64(state + EP_EXPERTS)):
-        store_i32(counts + 4 * e, load_i64(sent_first + 8 * (e + 1)) - load_i64(sent_first + 8 * e))
     for t in range(load_i64(routing + RT_TOKENS)):
         source = x + t * token_bytes
         scale = 0.0
@@ -143,7 +139,7 @@ def dispatch_write(state: int, routing: int, x: int) -> None:
             row = load_i64(row_of + 8 * (t * top_k + k))
             if row < 0:
                 continue
-            row &= _ROW_MASK
+            row &= ROW_MASK
             destination = rows + row * row_bytes
             if quant != 0 and not quantised:
                 scale = quantise_row(dtype, source, hidden, destination)
@@ -157,11 +153,21 @@ def dispatch_write(state: int, routing: int, x: int) -> None:
             store_i32(places + 8 * row + 4, k)
 
 
+@kernel("void(int64, int64, int64)")
+def dispatch_write(state: int, routing: int, x: int) -> None:
+    """Steps 1 to 3: rows and counts into the own managed area."""
+    write_rows(state, routing, x)
+    counts = _segment(state, load_i64(state + EP_RANK)) + load_i64(state + EP_COUNTS)
+    sent_first = load_i64(routing + RT_SENT_FIRST)
+    for e in range(load_i64(state + EP_EXPERTS)):
+        store_i32(counts + 4 * e, load_i64(sent_first + 8 * (e + 1)) - load_i64(sent_first + 8 * e))
+
+
 @device
 def _announce(state: int, fields: int, peer: int, event: int, first_row: int, count: int, epoch: int) -> None:
     field = _field_at(state, fields, peer)
     store_i64(field + EXF_FIRST_ROW, first_row)
-    store_i64(field + EXF_COUNT, count | ((epoch & _EPOCH_MASK) << COUNT_BITS))
+    store_i64(field + EXF_COUNT, count | ((epoch & EPOCH_MASK) << COUNT_BITS))
     # SYNC POINT expert-field: released after the rows; the peer's `wait_all` on `event` acquires it.
     store_release(field + EXF_EVENT, event)
     ring(_segment(state, peer) + CONTROL_OFFSET)
@@ -206,7 +212,7 @@ def dispatch_plan(state: int, routing: int, fields: int, counts_out: int) -> int
             count = load_i32(counts + 4 * e)
             total += count
             store_i64(got_counts + 8 * (s * local_experts + e), count)
-        if total != load_i64(_field_from(state, fields, s) + EXF_COUNT) & _COUNT_MASK:
+        if total != load_i64(_field_from(state, fields, s) + EXF_COUNT) & COUNT_MASK:
             return -1 - s
     rows = 0
     for e in range(local_experts):
@@ -305,7 +311,7 @@ def combine_check(state: int, routing: int, fields: int) -> int:
     """Does each peer return the rows of the same dispatch? OK, or -1 - peer of the first that does not."""
     local_experts = _local_experts(state)
     sent_first = load_i64(routing + RT_SENT_FIRST)
-    epoch = load_i64(routing + RT_EPOCH) & _EPOCH_MASK
+    epoch = load_i64(routing + RT_EPOCH) & EPOCH_MASK
     for peer in range(load_i64(state + EP_RANKS)):
         first = load_i64(sent_first + 8 * peer * local_experts)
         count = load_i64(sent_first + 8 * (peer + 1) * local_experts) - first
@@ -339,8 +345,8 @@ def combine_reduce(state: int, routing: int, fields: int, weights: int, y: int) 
             row = load_i64(row_of + 8 * i)
             if row < 0:
                 continue
-            peer = row >> _ROW_BITS
-            within = (row & _ROW_MASK) - load_i64(sent_first + 8 * peer * local_experts)
+            peer = row >> ROW_BITS
+            within = (row & ROW_MASK) - load_i64(sent_first + 8 * peer * local_experts)
             row = load_i64(_field_from(state, fields, peer) + EXF_FIRST_ROW) + within
             store_i64(addresses + 8 * n, _segment(state, peer) + load_i64(state + EP_RETURNS) + row * row_bytes)
             store_f32(gates + 4 * n, load_f32(weights + 4 * i))

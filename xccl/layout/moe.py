@@ -42,6 +42,9 @@ EXF_PULLED = EXPERT_FIELD.add(
 )
 EXPERT_FIELD_BYTES = EXPERT_FIELD.size_bytes
 COUNT_BITS = 40
+COUNT_MASK = (1 << COUNT_BITS) - 1
+#: The low bits of an epoch that fit beside a count; the sign stays free.
+EPOCH_MASK = (1 << (64 - COUNT_BITS - 1)) - 1
 
 STATE = Record("expert-parallel state", "Private to a rank; what kernels need to know of an ExpertParallel object.")
 EP_CONTROL = STATE.add("control", 8, "address of the own control area")
