@@ -19,7 +19,18 @@ Ranks stand for NPU dies. Each has a segment of memory that all can address, and
 from __future__ import annotations
 
 from ._version import __version__
-from .comm import Communicator, Dispatched, ExpertParallel, Request, Signals, SymmetricArray, reference
+from .comm import (
+    A2EHandle,
+    Communicator,
+    Disaggregated,
+    Dispatched,
+    ExpertBatch,
+    ExpertParallel,
+    Request,
+    Signals,
+    SymmetricArray,
+    reference,
+)
 from .errors import (
     CapacityError,
     EventMismatch,
@@ -35,10 +46,13 @@ from .errors import (
 from .runtime import init, launch
 
 __all__ = [
+    "A2EHandle",
     "CapacityError",
     "Communicator",
+    "Disaggregated",
     "Dispatched",
     "EventMismatch",
+    "ExpertBatch",
     "ExpertParallel",
     "FabricError",
     "ModelError",

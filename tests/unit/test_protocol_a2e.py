@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.unit.described import check, matrix, the_signals, the_transfers, total, written_by
 from xccl.errors import UsageError
-from xccl.protocol.a2e import SOURCE_BYTES, a2e, default_trampolines, e2a
+from xccl.protocol.a2e import FIRST_BYTES, a2e, default_trampolines, e2a
 from xccl.protocol.counts import RoutingCounts
 
 HIDDEN = 16
@@ -40,7 +40,7 @@ def routings() -> st.SearchStrategy[RoutingCounts]:
 
 
 def test_direct_by_hand() -> None:
-    row = HIDDEN + 4 + SOURCE_BYTES
+    row = HIDDEN
     described = a2e(SMALL, hidden=HIDDEN)
     check(described)
     assert described.ranks == 5
@@ -49,11 +49,16 @@ def test_direct_by_hand() -> None:
     assert matrix(pulled, 5)[:2].tolist() == [[0, 0, row, row, row], [0, 0, row, 0, row]]
     assert described.payload_bytes.tolist() == [3 * (HIDDEN + 4), 2 * (HIDDEN + 4), 0, 0, 0]
     assert described.stage("write").work[0].units.tolist() == [2, 1]
+    places, scales = (the_transfers(described, "pull", what) for what in ("places", "scales"))
+    assert matrix(places, 5)[:2].tolist() == [[0, 0, 8, 8, 8], [0, 0, 8, 0, 8]]
+    assert matrix(scales, 5)[:2].tolist() == [[0, 0, 4, 4, 4], [0, 0, 4, 0, 4]]
+    # Each expert die reads the first rows of its expert and of the next one, also where there are no rows for it.
+    assert matrix(the_transfers(described, "pull", "firsts"), 5)[:2, 2:].tolist() == [[2 * FIRST_BYTES] * 3] * 2
 
 
 def test_trampolines_by_hand() -> None:
     """Attention dies 0 and 1 have the trampolines 2 and 3; expert die 4 is none."""
-    row = HIDDEN + 4 + SOURCE_BYTES
+    row = HIDDEN
     described = a2e(SMALL, hidden=HIDDEN, trampolines=2)
     check(described)
     assert matrix(the_transfers(described, "pull", "rows"), 5)[:2].tolist() == [
@@ -62,6 +67,7 @@ def test_trampolines_by_hand() -> None:
     ]
     forwarded = matrix(the_transfers(described, "forward-pull", "rows"), 5)
     assert forwarded[2:4].tolist() == [[0, 0, row, row, row], [0, 0, row, 0, row]]
+    assert matrix(the_transfers(described, "pull", "firsts"), 5).sum() == 2 * 4 * FIRST_BYTES
     once = a2e(SMALL, hidden=HIDDEN, trampolines=2, copies="token")
     check(once)
     assert matrix(the_transfers(once, "pull", "rows"), 5)[:2].tolist() == [[0, 0, 2 * row, 0, 0], [0, 0, 0, row, 0]]
@@ -97,7 +103,7 @@ def test_every_row_gets_there_and_back(
 ) -> None:
     trampolines = min(trampolines, routing.destinations)
     a, ranks = routing.sources, routing.sources + routing.destinations
-    row = (8 + 4 if quant == "int8" else 16) + SOURCE_BYTES
+    row = 8 if quant == "int8" else 16
     there = a2e(routing, hidden=8, quant=quant, trampolines=trampolines, copies=copies, engine=engine)
     back = e2a(routing, hidden=8, trampolines=trampolines, copies=copies, engine=engine)
     check(there)
@@ -113,7 +119,7 @@ def test_every_row_gets_there_and_back(
     for described in (there, back):
         for stage in described.stages:
             for transfers in stage.transfers:
-                if transfers.mover == "destination":
+                if transfers.mover == "destination" and transfers.what != "firsts":
                     assert transfers.engine == engine
                     assert (transfers.units <= np.maximum(transfers.n_bytes, 1)).all()
     (work,) = back.stage("pull" if once or not trampolines else "forward-pull").work
@@ -135,6 +141,33 @@ def test_direct_is_all_that_copies_can_be() -> None:
         rows, tokens = (make(SMALL, hidden=8, copies=copies) for copies in ("row", "token"))
         assert [rows.entries(r) for r in range(5)] == [tokens.entries(r) for r in range(5)]
         assert rows.protocol == "direct"
+
+
+@pytest.mark.parametrize("trampolines", [0, 2])
+def test_domains_that_share_the_experts(trampolines: int) -> None:
+    """Ranks 0 and 1 are domain 0, ranks 2 and 3 domain 1, whose operation it is; the expert dies are 4 to 6."""
+    there = a2e(SMALL, hidden=8, trampolines=trampolines, domains=2, domain=1)
+    back = e2a(SMALL, hidden=8, trampolines=trampolines, domains=2, domain=1, before=0)
+    check(there)
+    alone = a2e(SMALL, hidden=8, trampolines=trampolines)
+    for described in (there, back):
+        assert described.ranks == 7
+        transferred = [t for stage in described.stages for t in stage.transfers]
+        assert not {0, 1} & {rank for t in transferred for rank in (*t.source.tolist(), *t.destination.tolist())}
+        assert not described.entries(0)
+    for rank in range(5):  # the same as alone, two ranks further
+        entries = alone.entries(rank)
+        assert there.entries(rank + 2) == sorted(e._replace(peer=e.peer + 2) for e in entries)
+    # Outputs are written, or handed on, when the domain before has pulled its own.
+    awaited = "forward-await-pulled" if trampolines else "await-pulled"
+    (waits,) = back.stage(awaited).waits
+    assert set(waits.peer.tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("domain", [-1, 2])
+def test_a_domain_that_is_not_there(domain: int) -> None:
+    with pytest.raises(UsageError):
+        e2a(SMALL, hidden=8, domains=2, domain=domain)
 
 
 def test_too_many_trampolines() -> None:

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from . import reference
+from .a2e import Disaggregated
+from .a2e_attention import A2EHandle
+from .a2e_experts import ExpertBatch
 from .communicator import Communicator
 from .dispatched import Dispatched
 from .moe import ExpertParallel
 from .p2p import Request
 from .symmetric import Signals, SymmetricArray
 
-__all__ = ["Communicator", "Dispatched", "ExpertParallel", "Request", "Signals", "SymmetricArray", "reference"]
+__all__ = [
+    "A2EHandle",
+    "Communicator",
+    "Disaggregated",
+    "Dispatched",
+    "ExpertBatch",
+    "ExpertParallel",
+    "Request",
+    "Signals",
+    "SymmetricArray",
+    "reference",
+]

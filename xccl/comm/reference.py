@@ -176,17 +176,30 @@ def dispatch_one(
         UsageError: an expert is out of range, ranks do not divide the experts, or x and topk_idx differ in tokens.
     """
     local = experts_per_rank(num_experts, len(xs))
+    return rows_of_experts(range(rank * local, (rank + 1) * local), xs, topk_idxs, range(len(xs)), num_experts, quant)
+
+
+def rows_of_experts(
+    mine: range,
+    xs: Sequence[Array],
+    topk_idxs: Sequence[Array],
+    ranks: Sequence[int],
+    num_experts: int,
+    quant: Quant | None,
+) -> DispatchResult:
+    """What the experts `mine` get from sources with these ranks; see `dispatch_one`."""
+    local = len(mine)
     rows: list[Array] = []
     experts: list[Array] = []
     sources: list[Array] = []
-    for source_rank, topk_idx in enumerate(topk_idxs):
-        x = xs[source_rank]
+    for i, (source_rank, topk_idx) in enumerate(zip(ranks, topk_idxs, strict=True)):
+        x = xs[i]
         _check_routing(x.shape[0], topk_idx, num_experts)
-        token, slot = np.nonzero((topk_idx >= rank * local) & (topk_idx < (rank + 1) * local))
+        token, slot = np.nonzero((topk_idx >= mine.start) & (topk_idx < mine.stop))
         source = np.empty(token.size, SOURCE_DTYPE)
         source["rank"], source["token"], source["slot"] = source_rank, token, slot
         rows.append(x[token])
-        experts.append(topk_idx[token, slot] - rank * local)
+        experts.append(topk_idx[token, slot] - mine.start)
         sources.append(source)
     expert = np.concatenate(experts).astype(np.int64)
     order = np.argsort(expert, kind="stable")  # within an expert the order stays (rank, token, slot)
@@ -247,6 +260,103 @@ def combine(
         combine_one(rank, expert_outs, dispatched, weights, topk_idx, dtype)
         for rank, (weights, topk_idx) in enumerate(zip(topk_weights, topk_idxs, strict=True))
     ]
+
+
+# --- attention and experts on different dies -------------------------------------------------------------------------
+
+
+def a2e_one(
+    die: int,
+    xs: Sequence[Array],
+    topk_idxs: Sequence[Array],
+    num_experts: int,
+    expert_dies: int,
+    quant: Quant | None = None,
+    *,
+    shared: int = 0,
+    first: int = 0,
+    ranks: Sequence[int] | None = None,
+) -> DispatchResult:
+    """What expert die `die` has after an A2E of one domain. The route makes no difference.
+
+    Args:
+        die: The expert die, from 0; it holds experts die * n to die * n + n - 1, where n is experts per die.
+        xs: [tokens, hidden] by attention die of the domain; each is used once, in order: a lazy sequence will do.
+        topk_idxs: int [tokens, top_k] by attention die, routed experts; -1 = none.
+        num_experts: Routed experts in all.
+        expert_dies: How many there are.
+        quant: "int8" quantises each token, "none" and None move it as it is.
+        shared: Replicas of a shared expert, numbered after the routed ones; each token goes to one of them besides, as
+            the last slot.
+        first: Number of the domain's first attention die among those of all domains; it says whose turn the replicas
+            are.
+        ranks: Ranks of the domain's attention dies, for `source`; first, first + 1, ... if None.
+    """
+    local = experts_per_rank(num_experts + shared, expert_dies)
+    chosen = [with_shared(idx, first + i, num_experts, shared) for i, idx in enumerate(topk_idxs)]
+    mine = range(die * local, (die + 1) * local)
+    numbers = range(first, first + len(xs)) if ranks is None else ranks
+    return rows_of_experts(mine, xs, chosen, numbers, num_experts + shared, quant)
+
+
+def a2e(
+    xs: Sequence[Array],
+    topk_idxs: Sequence[Array],
+    num_experts: int,
+    expert_dies: int,
+    quant: Quant | None = None,
+    *,
+    shared: int = 0,
+    first: int = 0,
+    ranks: Sequence[int] | None = None,
+) -> list[DispatchResult]:
+    """What every expert die has after an A2E of one domain; see `a2e_one`."""
+    return [
+        a2e_one(die, xs, topk_idxs, num_experts, expert_dies, quant, shared=shared, first=first, ranks=ranks)
+        for die in range(expert_dies)
+    ]
+
+
+def e2a_one(
+    attention: int,
+    expert_outs: Sequence[Array],
+    received: Sequence[DispatchResult],
+    topk_weights: Array,
+    topk_idx: Array,
+    dtype: npt.DTypeLike | None = None,
+    *,
+    shared: int = 0,
+    rank: int | None = None,
+) -> Array:
+    """What one attention die has after an E2A.
+
+    Args:
+        attention: The attention die, numbered over all domains.
+        expert_outs: [n, hidden] by expert die, in the order of the rows that it received.
+        received: Results of the A2E, by expert die (only `source` is used).
+        topk_weights: float32 [tokens, top_k] of this die.
+        topk_idx: int [tokens, top_k] of this die.
+        dtype: Of the result; that of `expert_outs` if None.
+        shared: Replicas of the shared expert; its output is the last slot, with weight 1.
+        rank: Of the attention die; its number if None.
+
+    Returns:
+        y [tokens, hidden]; see `weighted_sum`.
+    """
+    # Which expert a slot names does not matter any more, only whether there is one.
+    idx = with_shared(topk_idx, attention, 0, shared)
+    weights = topk_weights
+    if shared:
+        weights = np.concatenate([topk_weights.astype(np.float32), np.ones((len(idx), 1), np.float32)], axis=1)
+    return combine_one(attention if rank is None else rank, expert_outs, received, weights, idx, dtype)
+
+
+def with_shared(topk_idx: Array, attention: int, num_experts: int, shared: int) -> Array:
+    """Choices with a last column for the shared expert: replicas take turns, beginning with the die's own number."""
+    if not shared:
+        return topk_idx
+    turns = num_experts + (attention + np.arange(len(topk_idx))) % shared
+    return np.concatenate([topk_idx, turns[:, None]], axis=1)
 
 
 def weighted_sum(rows: Array, topk_weights: Array, topk_idx: Array, dtype: npt.DTypeLike | None = None) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .a2e import DIE, PEER
 from .moe import EXPERT_FIELD, ROUTING, STATE
 from .record import Field, Record
 from .ring import ACK_FIELD, CHANNEL, DATA_FIELD, OPERATION, REFUSAL, SLOT
@@ -21,6 +22,8 @@ ALL_RECORDS: tuple[Record, ...] = (
     OPERATION,
     STATE,
     ROUTING,
+    PEER,
+    DIE,
 )
 
 __all__ = ["ALL_RECORDS", "Field", "Record"]

@@ -1,0 +1,45 @@
+"""The steps of one operation: told to whoever listens, and to the trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from ..trace.entry import Entry
+from ..trace.record import Operation
+from .core import Core
+
+#: Called with (operation, step) before each step; for tests and tools.
+StepHook = Callable[[str, str], None]
+
+
+class Steps:
+    """One operation of a rank; call it with the name of each step before the step.
+
+    Attributes:
+        begun: has it done anything that peers may see?
+    """
+
+    def __init__(self, core: Core, hook: StepHook | None, name: str) -> None:
+        self._core = core
+        self._hook = hook
+        self._name = name
+        self._operation: Operation | None = None
+        self.begun = False
+
+    def begin(self, number: int) -> None:
+        """Arguments are checked, and the operation begins; `number` is its epoch."""
+        self.begun = True
+        if self._core.trace is not None:
+            self._operation = self._core.trace.start(self._name, number)
+
+    def __call__(self, step: str) -> None:
+        """The step of that name begins."""
+        if self._hook is not None:
+            self._hook(self._name, step)
+        if self._operation is not None:
+            self._operation.begin_stage(step)
+
+    def finish(self, entries: Callable[[], Iterable[Entry]]) -> None:
+        """The operation is done; `entries` says what it did, if somebody asks."""
+        if self._operation is not None:
+            self._operation.finish(entries)
