@@ -214,3 +214,57 @@ def test_a_terminal_gets_a_table() -> None:
     assert "╭" in text
     assert "round trip" in text
     assert "3/3" in text or "starting" in text  # the progress bar was there
+
+
+@pytest.mark.parametrize("route", ["direct", "trampoline"])
+@pytest.mark.parametrize("op", ["a2e", "e2a"])
+def test_attention_and_experts_apart(op: str, route: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    words = [
+        "--attention",
+        "2",
+        "--experts",
+        "6",
+        "--ranks",
+        "7",
+        "--topk",
+        "3",
+        "--shared",
+        "1",
+        "--domains",
+        "2",
+        "--microbatches",
+        "2",
+        "--fabric",
+        "local",
+    ]
+    done = run("bench", op, "--route", route, *words, *SMALL_MOE[:4], "-n", "2", "-w", "1", "--json", str(path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"2 domains of 2 attention dies, 3 expert dies, {route}, 2 microbatches" in done.stdout
+    (result,) = results_of(path)
+    assert (result["op"], result["ranks"], result["wrong"], result["protocol"]) == (op, 7, 0, route)
+    # Four attention dies send 2 * 5 tokens of 4 rows each; the mean is over all ranks.
+    row_bytes = 48 + 4 if op == "a2e" else 2 * 48
+    assert result["bytes"] == round(4 * 10 * 4 * row_bytes / 7)
+    assert result["tokens_per_s"] == pytest.approx(4 * 10 / result["time_us"]["p50"] * 1e6)
+
+
+@pytest.mark.parametrize(
+    ("op", "fault", "wrong"),
+    [
+        ("e2a", "reference.weighted_sum = lambda *a: original(*a) + 1", 2 * 5 * 48),
+        ("a2e", "reference.quantise = lambda x: (quantise(x)[0] ^ 1, quantise(x)[1])", 2 * 5 * 3 * 48),
+        ("a2e", "reference.with_shared = lambda idx, *a: idx ^ 1", None),
+    ],
+)
+def test_wrong_elements_of_a_deployment_are_counted(op: str, fault: str, wrong: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    sabotage = (
+        "from xccl.comm import reference\n"
+        "original, quantise = reference.weighted_sum, reference.quantise\n"
+        f"{fault}\n{PROGRAM}"
+    )  # fmt: skip
+    done = run("bench", op, "--attention", "2", *SMALL_MOE, "--json", str(path), program=sabotage)
+    assert done.returncode == 1
+    found = results_of(path)[0]["wrong"]
+    assert found == wrong if wrong is not None else found > 0

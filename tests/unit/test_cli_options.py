@@ -10,6 +10,7 @@ import pytest
 
 from xccl._version import __version__
 from xccl.cli import bench
+from xccl.cli.deployment import Deployment
 from xccl.cli.main import main
 from xccl.cli.options import BenchOptions, Case
 from xccl.cli.parsing import parse_bytes, parse_int_list, parse_seconds, whole_number
@@ -91,6 +92,10 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *words: str) -> BenchOptions:
 def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parsed(monkeypatch, "moe") == BenchOptions("moe", 8)
     assert parsed(monkeypatch, "put") == BenchOptions("put", 2)
+    assert parsed(monkeypatch, "a2e") == BenchOptions("a2e", 12, experts=8, deployment=Deployment(attention=4))
+    # Hundreds of ranks on a few cores: a few iterations.
+    many = parsed(monkeypatch, "barrier", "--ranks", "300")
+    assert (many.warmup, many.iterations(Case())) == (1, 3)
 
 
 def test_all_options(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +108,29 @@ def test_all_options(monkeypatch: pytest.MonkeyPatch) -> None:
         "dispatch", 4, "local", 16, 2**20, 4, 7, 0, (8, 16), 64, 32, 2, "fp16", "none", "pull", "zipf:1.2", 5, 3, False,
         9.0, True,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "experts"),
+    [
+        ("--attention 160 --experts 288", 448, 288),
+        ("--attention 160 --experts 288 --domains 3", 768, 288),
+        ("--attention 2 --ranks 5", 5, 3),
+        ("--attention 2 --ranks 5 --experts 9", 5, 9),
+    ],
+)
+def test_ranks_of_a_deployment(monkeypatch: pytest.MonkeyPatch, words: str, ranks: int, experts: int) -> None:
+    options = parsed(monkeypatch, "e2a", "--topk", "2", *words.split())
+    assert (options.ranks, options.experts) == (ranks, experts)
+    assert options.deployment is not None
+    assert options.batches == options.deployment.attention_dies
+
+
+def test_all_options_of_a_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "a2e --attention 3 --experts 8 --domains 2 --microbatches 3 --route trampoline --trampolines 2 --shared 4 --topk 4"
+    assert parsed(monkeypatch, *line.split()) == BenchOptions(
+        "a2e", 14, experts=8, topk=4, deployment=Deployment(3, 2, 3, "trampoline", 2, 4)
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,6 +152,13 @@ def test_all_options(monkeypatch: pytest.MonkeyPatch) -> None:
         ("bench put --project cm384", "no cost model yet"),
         ("bench moe --experts 30", "--experts is 30: not a multiple of --ranks (8)"),
         ("bench moe --experts 8 --topk 9", "--topk is 9: more than --experts (8)"),
+        ("bench a2e --ranks 4", "--ranks is 4: 4 attention dies leave none for experts"),
+        ("bench a2e --ranks 7 --experts 8", "--experts is 8: not a multiple of the 3 expert dies"),
+        ("bench a2e --topk 9", "--topk is 9: more than --experts (8) without --shared (0)"),
+        ("bench a2e --shared 8", "without --shared (8)"),
+        ("bench a2e --trampolines 5", "--trampolines is 5: at most 4 have something to do"),
+        ("bench e2a --trampolines 2 --route direct", "--trampolines is 2: --route direct has none"),
+        ("bench e2a --microbatches 4", "4 must be from 1 to 3"),
         ("bench moe --tokens -1", "-1 must be at least 0"),
         ("bench moe --routing nope", "unknown routing 'nope'"),
         ("bench moe --routing file:absent.npy", "absent.npy: No such file"),

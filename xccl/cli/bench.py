@@ -41,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
     benchmark = BENCHMARKS[args.op]
     moe = benchmark.sweep == "tokens"
     options = bench_options(
-        args, default_ranks=benchmark.default_ranks, min_ranks=benchmark.min_ranks, uses_experts=moe
-    )
+        args, default_ranks=benchmark.default_ranks, min_ranks=benchmark.min_ranks, uses_experts=moe,
+        is_deployed=benchmark.is_deployed,
+    )  # fmt: skip
     return _run(args, options, rows_expected=len(benchmark.cases(options)) * len(benchmark.rows), moe=moe)
 
 

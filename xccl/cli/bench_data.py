@@ -63,8 +63,15 @@ class TokenPool:
 
     def tokens(self, rank: int, data_round: int, count: int) -> Array:
         """[count, hidden] tokens of one rank in one round."""
-        rng = np.random.default_rng((self._seed, 1, rank, data_round))
-        return np.ascontiguousarray(self._windows[rng.integers(0, _POOL_ROWS, count)])
+        return self.at(self.places(rank, data_round, count))
+
+    def places(self, rank: int, data_round: int, count: int) -> Array:
+        """int64 [count]: where those tokens are in the pool."""
+        return np.random.default_rng((self._seed, 1, rank, data_round)).integers(0, _POOL_ROWS, count)
+
+    def at(self, places: Array) -> Array:
+        """[count, hidden] the tokens at these places."""
+        return np.ascontiguousarray(self._windows[places])
 
 
 class Lazy(Sequence[Array]):

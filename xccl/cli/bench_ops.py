@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from xccl.cli.bench_a2e import A2E
 from xccl.cli.bench_moe import Moe
 from xccl.cli.bench_part import Operation
 from xccl.cli.bench_sized import Barrier, Get, Put, PutSignal, SendRecv
@@ -23,6 +24,7 @@ class Benchmark:
         rows: Rows of each case.
         default_ranks: Ranks if none are asked for.
         min_ranks: Ranks needed.
+        is_deployed: Has it the options of a deployment, attention and experts on different dies?
     """
 
     summary: str
@@ -31,6 +33,7 @@ class Benchmark:
     rows: tuple[str, ...]
     default_ranks: int = 8
     min_ranks: int = 1
+    is_deployed: bool = False
 
     def cases(self, options: BenchOptions) -> list[Case]:
         """The cases of a run, in order."""
@@ -55,4 +58,6 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
     "dispatch": Benchmark("tokens to the ranks of their experts", Moe, "tokens", ("dispatch",)),
     "combine": Benchmark("expert outputs back, weighted and summed", Moe, "tokens", ("combine",)),
     "moe": Benchmark("dispatch, combine, and the round trip of both", Moe, "tokens", ("dispatch", "combine", "moe")),
+    "a2e": Benchmark("tokens from attention dies to expert dies", A2E, "tokens", ("a2e",), is_deployed=True),
+    "e2a": Benchmark("outputs of experts back, weighted and summed", A2E, "tokens", ("e2a",), is_deployed=True),
 }

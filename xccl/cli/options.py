@@ -8,12 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from xccl.cli.deployment import (
+    DEFAULT_EXPERTS,
+    Deployment,
+    add_deployment_options,
+    check_deployment,
+    deployment_of,
+)
 from xccl.cli.parsing import parse_bytes, parse_int_list, parse_seconds, whole_number
 from xccl.errors import UsageError
 
 _LARGE_BYTES: Final = 64 * 1024
 _ITERS_SMALL: Final = 100
 _ITERS_LARGE: Final = 20
+#: From so many ranks on a few iterations take as long as many of a few ranks, and say as much.
+_MANY_RANKS: Final = 100
+_ITERS_MANY_RANKS: Final = 3
+_WARMUP_MANY_RANKS: Final = 1
 _MAX_LANES: Final = 48  # AIV cores of a die
 
 
@@ -50,13 +61,23 @@ class BenchOptions:
     check: bool = True
     timeout_s: float = 30.0
     back_to_back: bool = False
+    deployment: Deployment | None = None
 
     def iterations(self, case: Case) -> int:
-        """Timed iterations: as asked, or 20 for MoE and large messages and 100 for all else."""
+        """Timed iterations: as asked, or 3 with 100 ranks or more, 20 for MoE and large messages, 100 for all else."""
         if self.iters is not None:
             return self.iters
+        if self.ranks >= _MANY_RANKS:
+            return _ITERS_MANY_RANKS
         large = case.tokens is not None or (case.size_bytes or 0) > _LARGE_BYTES
         return _ITERS_LARGE if large else _ITERS_SMALL
+
+    @property
+    def batches(self) -> int:
+        """Batches of `tokens` tokens that go out in an iteration, from all ranks together."""
+        if self.deployment is None:
+            return self.ranks
+        return self.deployment.attention_dies * self.deployment.microbatches
 
     def sizes(self, itemsize: int) -> list[int]:
         """Message sizes in bytes, from min_bytes to max_bytes by factor, rounded down to elements (but not to none)."""
@@ -78,8 +99,14 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run").add_argument
     run("--ranks", type=positive, metavar="N", help="emulated dies (default: 2 between neighbours, else 8)")
     run("--fabric", choices=("shm", "local"), default=default.fabric, help="ranks are processes (default) or threads")
-    run("-n", "--iters", type=positive, metavar="N", help="timed iterations (default: 100; MoE, above 64K: 20)")
-    run("-w", "--warmup", type=natural, metavar="N", default=default.warmup, help="iterations before (default: 5)")
+    run(
+        "-n",
+        "--iters",
+        type=positive,
+        metavar="N",
+        help="timed iterations (default: 100; MoE, above 64K: 20; from 100 ranks on: 3)",
+    )
+    run("-w", "--warmup", type=natural, metavar="N", help="iterations before (default: 5; from 100 ranks on: 1)")
     run("--back-to-back", action="store_true", help="no barrier between iterations; report the mean of the loop")
     run("--no-check", dest="check", action="store_false", help="do not compare results with the oracle")
     run("--seed", type=natural, metavar="N", default=default.seed, help="of data and routing (default: 0)")
@@ -97,14 +124,16 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     )
     sized("--dtype", choices=("bf16", "fp16", "fp32"), default=default.dtype, help="of all data (default: bf16)")
 
-    moe = parser.add_argument_group("mixture of experts (dispatch combine moe)").add_argument
+    moe = parser.add_argument_group("mixture of experts (dispatch combine moe a2e e2a)").add_argument
     moe("--tokens", type=parse_int_list, metavar="N[,N...]", default=default.tokens, help="of a rank (default: 128)")
     moe("--hidden", type=positive, metavar="N", default=default.hidden, help="elements of a token (default: 7168)")
-    moe("--experts", type=positive, metavar="N", default=default.experts, help="in all (default: 256)")
+    moe("--experts", type=positive, metavar="N", help="in all (default: 256; a2e, e2a: one for each expert die)")
     moe("--topk", type=positive, metavar="N", default=default.topk, help="experts of a token (default: 8)")
     moe("--quant", choices=("int8", "none"), default=default.quant, help="of dispatched tokens (default: int8)")
     moe("--protocol", choices=("pull",), default=default.protocol, help="of dispatch and combine")
     moe("--routing", metavar="SPEC", default=default.routing, help="uniform, zipf[:S], hot[:K], skew or file:PATH")
+
+    add_deployment_options(parser)
 
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write results; - prints them instead of the table")
@@ -112,10 +141,20 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--project", help=argparse.SUPPRESS)
 
 
-def bench_options(args: argparse.Namespace, *, default_ranks: int, min_ranks: int, uses_experts: bool) -> BenchOptions:
+def bench_options(
+    args: argparse.Namespace, *, default_ranks: int, min_ranks: int, uses_experts: bool, is_deployed: bool = False
+) -> BenchOptions:
     """Complete and check parsed arguments; UsageError says the option, the value and its bound."""
-    values = {name: getattr(args, name) for name in BenchOptions.__dataclass_fields__}
-    values["ranks"] = args.ranks or default_ranks
+    names = BenchOptions.__dataclass_fields__.keys() - {"deployment"}
+    values = {name: getattr(args, name) for name in names}
+    values["deployment"] = deployment = deployment_of(args) if is_deployed else None
+    experts = args.experts or (BenchOptions.experts if deployment is None else DEFAULT_EXPERTS)
+    ranks = args.ranks or (default_ranks if deployment is None else deployment.attention_dies + experts)
+    if deployment is not None and args.ranks and not args.experts:
+        experts = max(ranks - deployment.attention_dies, 1)
+    values |= {"ranks": ranks, "experts": experts}
+    if args.warmup is None:
+        values["warmup"] = BenchOptions.warmup if ranks < _MANY_RANKS else _WARMUP_MANY_RANKS
     options = BenchOptions(**values)
     if args.project is not None:
         raise UsageError("--project: this version of xccl has no cost model yet")
@@ -134,12 +173,15 @@ def bench_options(args: argparse.Namespace, *, default_ranks: int, min_ranks: in
 def _check_experts(options: BenchOptions) -> None:
     from xccl.protocol.routing import make_routing
 
-    if options.experts % options.ranks:
+    if options.deployment is not None:
+        check_deployment(options.deployment, ranks=options.ranks, experts=options.experts, topk=options.topk)
+    elif options.experts % options.ranks:
         raise UsageError(f"--experts is {options.experts}: not a multiple of --ranks ({options.ranks})")
     if options.topk > options.experts:
         raise UsageError(f"--topk is {options.topk}: more than --experts ({options.experts})")
+    routed = options.experts - (options.deployment.shared if options.deployment else 0)
     make_routing(  # a bad --routing is found here, not by every rank
-        options.routing, tokens=1, experts=options.experts, topk=options.topk, seed=0, rank=0, ranks=options.ranks
+        options.routing, tokens=1, experts=routed, topk=options.topk, seed=0, rank=0, ranks=options.ranks
     )
 
 

@@ -69,9 +69,11 @@ def headlines(options: BenchOptions, version: str, *, moe: bool) -> list[str]:
     """Lines that say what ran, and that its times are emulated."""
     kind = "processes" if options.fabric == "shm" else "threads"
     timing = "mean of a loop without barriers" if options.back_to_back else "slowest rank of each iteration"
+    deployment = options.deployment
+    protocol = options.protocol if deployment is None else deployment.text(options.ranks - deployment.attention_dies)
     shape = (
         f"hidden {options.hidden}, {options.experts} experts, top-{options.topk}, {options.dtype}, "
-        f"quant {options.quant}, {options.protocol}, routing {options.routing}"
+        f"quant {options.quant}, {protocol}, routing {options.routing}"
     )
     ranks, cores = _counted(options.ranks, "rank"), _counted(usable_cores(), "core")
     return [

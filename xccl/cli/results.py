@@ -84,7 +84,7 @@ class Row:
             hidden=options.hidden if moe else None,
             experts=options.experts if moe else None,
             topk=options.topk if moe else None,
-            protocol=options.protocol if moe else None,
+            protocol=_protocol(options) if moe else None,
             quant=options.quant if moe else None,
             routing=options.routing if moe else None,
             iters=options.iterations(case),
@@ -92,7 +92,7 @@ class Row:
             time_us=stats,
             algbw_gbps=algbw,
             busbw_gbps=algbw * bus_factor(first.op, options.ranks),
-            tokens_per_s=case.tokens * options.ranks / stats.p50 * 1e6 if case.tokens and stats.p50 else None,
+            tokens_per_s=case.tokens * options.batches / stats.p50 * 1e6 if case.tokens and stats.p50 else None,
             load_imbalance=_imbalance(received) if received else None,
             wrong=sum(wrong) if wrong else None,
         )
@@ -100,6 +100,11 @@ class Row:
     def as_json(self) -> dict[str, Any]:
         """The row in the JSON schema; `projected` is what a model says, and there is none yet."""
         return {**asdict(self), "projected": None}
+
+
+def _protocol(options: BenchOptions) -> str:
+    """A deployment's protocol is its route: both are pulls."""
+    return options.protocol if options.deployment is None else options.deployment.route
 
 
 def _imbalance(loads: Sequence[int]) -> float:
