@@ -1,7 +1,8 @@
 """The documentation says what is true: its examples run, its commands work, and every public name has its place.
 
 A fenced block marked `python` is a complete script. It runs in a process of its own, like a reader's. If a text block
-follows it, that is what it must print. Lines of `shell` blocks that start with `xccl bench` run too.
+follows it, that is what it must print. Lines of `shell` blocks that start with `xccl` run too, but for
+those that look at the machine.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ COMMANDS = [
     for block in ALL_BLOCKS
     if block.language == "shell"
     for number, command in enumerate(block.body.splitlines())
-    if command.startswith("xccl bench")
+    if command.startswith(("xccl bench", "xccl project", "xccl trace", "xccl validate"))
 ]
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from xccl.cli.main import main
 from xccl.errors import ModelError
 from xccl.model.calibrate import compare, fit, model_us
 from xccl.model.machine import load_machine
@@ -108,18 +105,3 @@ def test_lanes_of_a_message() -> None:
 def test_what_has_no_model_says_so(words: dict[str, object]) -> None:
     with pytest.raises(ModelError):
         describe_moe(**words)  # type: ignore[arg-type]
-
-
-def test_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["validate"]) == 0
-    assert "ok" in capsys.readouterr().out
-    assert main(["project", "dispatch", "--ep", "8,16", "--tokens", "32", "--json", "-"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["schema"] == 1
-    assert [row["ranks"] for row in report["results"]] == [8, 16]
-    assert all("time_us" not in row and row["projected"]["time_us"] > 0 for row in report["results"])
-    assert main(["project", "combine", "--ep", "8", "--set", "link.bandwidth_gbps=400"]) == 0
-    assert "projected" in capsys.readouterr().out
-    for wrong in (["--set", "no.such=1"], ["--set", "link.bandwidth_gbps"], ["--ep", "0"], ["--ep", "1000"]):
-        assert main(["project", "dispatch", *wrong]) in (1, 2)
-        assert capsys.readouterr().err.count("\n") == 1

@@ -40,10 +40,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{asked}: one of {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[args.op]
     moe = benchmark.sweep == "tokens"
-    options = bench_options(
-        args, default_ranks=benchmark.default_ranks, min_ranks=benchmark.min_ranks, uses_experts=moe,
-        is_deployed=benchmark.is_deployed,
-    )  # fmt: skip
+    options = bench_options(args, benchmark)
     return _run(args, options, rows_expected=len(benchmark.cases(options)) * len(benchmark.rows), moe=moe)
 
 
@@ -53,6 +50,11 @@ def _run(args: argparse.Namespace, options: BenchOptions, *, rows_expected: int,
     from xccl.cli.screen import make_screen, progress_bar
     from xccl.runtime import launch
 
+    project = None
+    if options.project is not None:
+        from xccl.cli.projector import Projector
+
+        project = Projector(options, options.project).of
     screen = make_screen(options, __version__, moe=moe, quiet="-" in (args.json, args.csv))
     with progress_bar(rows_expected, f"{options.op} on {options.ranks} ranks") as bar:
 
@@ -60,7 +62,7 @@ def _run(args: argparse.Namespace, options: BenchOptions, *, rows_expected: int,
             bar.advance(row)
             screen.row(row)
 
-        collector = Collector(options, on_row)
+        collector = Collector(options, on_row, project)
         launch(
             run_rank,
             options.ranks,

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from xccl.cli.bench_ops import BENCHMARKS
 from xccl.cli.options import BenchOptions
 from xccl.cli.results import Measurement
+from xccl.trace.record import Operation as TracedOperation
 
 if TYPE_CHECKING:
     from xccl.comm.communicator import Communicator
@@ -30,7 +31,16 @@ def run_rank(comm: Communicator, options: BenchOptions) -> None:
             times_ns = _timed(comm, part.step, options.iterations(case), options.back_to_back)
             comm.barrier()
             wrong = part.check() if options.check else None
-            comm.report(Measurement(part.op, case, times_ns, part.payload_bytes, part.rows_received, wrong))
+            traced = _traced(comm, part.step) if options.traced else None
+            comm.report(Measurement(part.op, case, times_ns, part.payload_bytes, part.rows_received, wrong, traced))
+
+
+def _traced(comm: Communicator, step: Callable[[], object]) -> list[TracedOperation]:
+    """The operations of one iteration."""
+    comm.barrier()
+    with comm.trace() as recorder:
+        step()
+    return recorder.operations
 
 
 def _timed(comm: Communicator, step: Callable[[], object], iters: int, back_to_back: bool) -> npt.NDArray[Any]:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from xccl._version import __version__
-from xccl.cli import bench, doctor, project, validate
+from xccl.cli import bench, doctor, project, trace, validate
 from xccl.cli.parsing import OneLineParser
 from xccl.errors import CapacityError, UsageError, XcclError
 
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_parser(commands.add_parser("bench", help="run a microbenchmark on emulated ranks", allow_abbrev=False))
     doctor.add_parser(commands.add_parser("doctor", help="check this machine, and clean up", allow_abbrev=False))
     project.add_parser(commands.add_parser("project", help="what it would cost on UB links", allow_abbrev=False))
+    trace.add_parser(commands.add_parser("trace", help="timeline of a benchmark, for Perfetto", allow_abbrev=False))
     validate.add_parser(commands.add_parser("validate", help="the model beside published figures", allow_abbrev=False))
     args = parser.parse_args(words)
     args.command = ["xccl", *words]

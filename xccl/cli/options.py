@@ -6,7 +6,7 @@ import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from xccl.cli.deployment import (
     DEFAULT_EXPERTS,
@@ -61,6 +61,8 @@ class BenchOptions:
     check: bool = True
     timeout_s: float = 30.0
     back_to_back: bool = False
+    project: str | None = None
+    traced: bool = False
     deployment: Deployment | None = None
 
     def iterations(self, case: Case) -> int:
@@ -138,26 +140,46 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write results; - prints them instead of the table")
     output.add_argument("--csv", metavar="FILE", help="write results")
-    parser.add_argument("--project", help=argparse.SUPPRESS)
+    output.add_argument(
+        "--project", metavar="MACHINE[@RANKS]", help="add what the model says of the same work: cm384, cm384@320"
+    )
 
 
-def bench_options(
-    args: argparse.Namespace, *, default_ranks: int, min_ranks: int, uses_experts: bool, is_deployed: bool = False
-) -> BenchOptions:
+class Needs(Protocol):
+    """What a benchmark asks of the options."""
+
+    @property
+    def sweep(self) -> str:
+        """Over what: "bytes", "tokens" or "nothing"."""
+
+    @property
+    def default_ranks(self) -> int:
+        """Ranks if none are asked for."""
+
+    @property
+    def min_ranks(self) -> int:
+        """Ranks needed."""
+
+    @property
+    def is_deployed(self) -> bool:
+        """Has it the options of a deployment?"""
+
+
+def bench_options(args: argparse.Namespace, benchmark: Needs) -> BenchOptions:
     """Complete and check parsed arguments; UsageError says the option, the value and its bound."""
-    names = BenchOptions.__dataclass_fields__.keys() - {"deployment"}
+    default_ranks, min_ranks = benchmark.default_ranks, benchmark.min_ranks
+    uses_experts, is_deployed = benchmark.sweep == "tokens", benchmark.is_deployed
+    names = BenchOptions.__dataclass_fields__.keys() - {"deployment", "traced"}
     values = {name: getattr(args, name) for name in names}
     values["deployment"] = deployment = deployment_of(args) if is_deployed else None
     experts = args.experts or (BenchOptions.experts if deployment is None else DEFAULT_EXPERTS)
     ranks = args.ranks or (default_ranks if deployment is None else deployment.attention_dies + experts)
     if deployment is not None and args.ranks and not args.experts:
         experts = max(ranks - deployment.attention_dies, 1)
-    values |= {"ranks": ranks, "experts": experts}
+    values |= {"ranks": ranks, "experts": experts, "traced": args.project is not None}
     if args.warmup is None:
         values["warmup"] = BenchOptions.warmup if ranks < _MANY_RANKS else _WARMUP_MANY_RANKS
     options = BenchOptions(**values)
-    if args.project is not None:
-        raise UsageError("--project: this version of xccl has no cost model yet")
     if options.ranks < min_ranks:
         raise UsageError(f"--ranks is {options.ranks}: {options.op} needs at least {min_ranks}", bound=min_ranks)
     if options.min_bytes > options.max_bytes:

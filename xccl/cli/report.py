@@ -57,12 +57,16 @@ _MOE_FIGURES: Final = (
     Column("tokens/s", "", lambda row: _number(row.tokens_per_s, 0), 9, optional=True),
     Column("imbal", "max/mean", lambda row: _number(row.load_imbalance, 2), 10, optional=True),
 )
+_PROJECTED: Final = Column(
+    "projected", "us", lambda row: _number(row.projected["time_us"] if row.projected else None, 1), 9
+)
 _WRONG: Final = Column("wrong", "", lambda row: "-" if row.wrong is None else str(row.wrong), 6)
 
 
-def columns_of(*, moe: bool) -> tuple[Column, ...]:
-    """The columns of a MoE benchmark, or of any other."""
-    return (*_NAMES, *_MOE, *_FIGURES, *_MOE_FIGURES, _WRONG) if moe else (*_NAMES, *_FIGURES, _WRONG)
+def columns_of(*, moe: bool, projected: bool = False) -> tuple[Column, ...]:
+    """The columns of a MoE benchmark, or of any other; what a model says has one of its own."""
+    last = (_PROJECTED, _WRONG) if projected else (_WRONG,)
+    return (*_NAMES, *_MOE, *_FIGURES, *_MOE_FIGURES, *last) if moe else (*_NAMES, *_FIGURES, *last)
 
 
 def headlines(options: BenchOptions, version: str, *, moe: bool) -> list[str]:
@@ -80,6 +84,7 @@ def headlines(options: BenchOptions, version: str, *, moe: bool) -> list[str]:
         f"xccl {version} bench {options.op}: {ranks} as {kind} on {cores}",
         f"emulated times, measured on this machine: {timing}",
         *([shape] if moe else []),
+        *([f"projected: what the model says of the same work on {options.project}"] if options.project else []),
     ]
 
 
@@ -168,6 +173,8 @@ def _flat(row: Row) -> dict[str, Any]:
     for name, value in row.as_json().items():
         if name == "time_us":
             fields |= {f"{statistic}_us": figure for statistic, figure in value.items()}
-        elif name != "projected":
+        elif name == "projected":
+            fields |= {f"projected_{key}": value and value[key] for key in ("machine", "ranks", "time_us")}
+        else:
             fields[name] = value
     return fields

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from xccl.cli.options import BenchOptions, Case
 from xccl.cli.stats import TimeStats, bandwidth_gbps, bus_factor
+from xccl.trace.record import Operation
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Measurement:
         payload_bytes: What this rank sends in an iteration.
         rows_received: MoE only: token copies that this rank receives in an iteration.
         wrong: Wrong elements at this rank, None if not checked.
+        traced: The operations of one more iteration, if they are asked for.
     """
 
     op: str
@@ -32,6 +34,7 @@ class Measurement:
     payload_bytes: int
     rows_received: int | None
     wrong: int | None
+    traced: list[Operation] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,13 @@ class Row:
     tokens_per_s: float | None
     load_imbalance: float | None
     wrong: int | None
+    projected: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, options: BenchOptions, measurements: Sequence[Measurement]) -> Row:
-        """From the measurements of all ranks.
+    def of(
+        cls, options: BenchOptions, measurements: Sequence[Measurement], projected: dict[str, Any] | None = None
+    ) -> Row:
+        """From the measurements of all ranks, and what a model says of them.
 
         `bytes` is the mean payload of a rank. `tokens_per_s` counts the tokens of all ranks; `load_imbalance` is the
         rows that the most loaded rank receives over the mean.
@@ -95,11 +101,12 @@ class Row:
             tokens_per_s=case.tokens * options.batches / stats.p50 * 1e6 if case.tokens and stats.p50 else None,
             load_imbalance=_imbalance(received) if received else None,
             wrong=sum(wrong) if wrong else None,
+            projected=projected,
         )
 
     def as_json(self) -> dict[str, Any]:
-        """The row in the JSON schema; `projected` is what a model says, and there is none yet."""
-        return {**asdict(self), "projected": None}
+        """The row in the JSON schema."""
+        return asdict(self)
 
 
 def _protocol(options: BenchOptions) -> str:
@@ -112,10 +119,22 @@ def _imbalance(loads: Sequence[int]) -> float:
 
 
 class Collector:
-    """Gathers the measurements of ranks as they come, and completes rows."""
+    """Gathers the measurements of ranks as they come, and completes rows.
 
-    def __init__(self, options: BenchOptions, on_row: Callable[[Row], None]) -> None:
+    Attributes:
+        rows: those that are complete.
+        measurements: what each of them was made of, by rank.
+    """
+
+    def __init__(
+        self,
+        options: BenchOptions,
+        on_row: Callable[[Row], None],
+        project: Callable[[Sequence[Measurement]], dict[str, Any]] | None = None,
+    ) -> None:
         self.rows: list[Row] = []
+        self.measurements: list[list[Measurement]] = []
+        self._project = project
         self._options = options
         self._on_row = on_row
         self._by_rank: list[list[Measurement]] = [[] for _ in range(options.ranks)]
@@ -125,7 +144,9 @@ class Collector:
         self._by_rank[rank].append(measurement)
         at = len(self.rows)
         if all(len(measurements) > at for measurements in self._by_rank):
-            row = Row.of(self._options, [measurements[at] for measurements in self._by_rank])
+            of_row = [measurements[at] for measurements in self._by_rank]
+            row = Row.of(self._options, of_row, self._project(of_row) if self._project else None)
+            self.measurements.append(of_row)
             self.rows.append(row)
             self._on_row(row)
 

@@ -36,7 +36,7 @@ class Plain:
     """Aligned text, each row when it is there; everything else is a comment that starts with #."""
 
     def __init__(self, options: BenchOptions, version: str, *, moe: bool) -> None:
-        self._columns = report.columns_of(moe=moe)
+        self._columns = report.columns_of(moe=moe, projected=options.project is not None)
         comments = report.headlines(options, version, moe=moe)
         self._header = [*(f"# {comment}" for comment in comments), *report.plain_header(self._columns)]
 
@@ -55,7 +55,7 @@ class Terminal:
     """A rich table, at the end."""
 
     def __init__(self, options: BenchOptions, version: str, *, moe: bool) -> None:
-        self._columns = report.columns_of(moe=moe)
+        self._columns = report.columns_of(moe=moe, projected=options.project is not None)
         self._headlines = report.headlines(options, version, moe=moe)
 
     def row(self, row: Row) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from ..errors import ModelError
 from ..layout.ring import MAX_LANES
 from ..protocol import a2e, moe, moe_push, p2p
 from ..protocol.counts import RoutingCounts
-from ..protocol.stage import Description
+from ..protocol.stage import Description, Engine
 from .machine import Machine
-from .simulate import simulate
+from .simulate import Timeline, simulate
 from .topology import place
 
 #: Routed experts of DeepSeek-R1, which the published deployments serve.
@@ -34,6 +38,7 @@ class Projection:
         time_us: when the last rank is done.
         low_us: lower end of the interval that the calibration's leave-one-out errors suggest.
         high_us: upper end.
+        rank_us: least, mean and largest time that a rank spends in it, from its own call.
         stages: microseconds by stage.
         bottleneck: stage and resource that take most of the time.
         bottleneck_share: their share of it.
@@ -46,9 +51,15 @@ class Projection:
     time_us: float
     low_us: float
     high_us: float
+    rank_us: dict[str, float]
     stages: dict[str, float]
     bottleneck: str
     bottleneck_share: float
+
+
+def whole_experts(experts: int, ranks: int) -> int:
+    """The next number of experts that the ranks divide; those beyond are redundant ones."""
+    return -(-experts // ranks) * ranks
 
 
 def describe_moe(
@@ -62,8 +73,9 @@ def describe_moe(
     quant: str = "int8",
     protocol: str = "push",
     machine: Machine | None = None,
+    routing: RoutingCounts | None = None,
 ) -> Description:
-    """A dispatch or combine with evenly loaded experts.
+    """A dispatch or combine.
 
     Args:
         operation: "dispatch" or "combine".
@@ -76,17 +88,18 @@ def describe_moe(
         protocol: "push" (CANN's fused operators), "pull" (XCCL), or "deepep": DeepEP's low-latency kernels, which push,
             too, FP8 with a float32 scale for every 128 elements instead of INT8.
         machine: whose lanes take part; those of a die of CloudMatrix384 if None.
+        routing: what goes where; evenly loaded experts if None.
 
     Raises:
         ModelError: there is no such operation or protocol, or the ranks do not divide the experts.
     """
     if operation not in ("dispatch", "combine") or protocol not in PROTOCOLS or quant not in ("int8", "none"):
         raise ModelError(f"no model of {operation!r} by protocol {protocol!r} with quant {quant!r}")
-    if experts is None:
-        experts = -(-ROUTED_EXPERTS // ranks) * ranks
-    if experts % ranks or top_k > experts:
-        raise ModelError(f"{experts} experts are not a multiple of {ranks} ranks, or fewer than top_k {top_k}")
-    routing = RoutingCounts.uniform(ranks, experts=experts, tokens=tokens, top_k=top_k)
+    if routing is None:
+        experts = experts or whole_experts(ROUTED_EXPERTS, ranks)
+        if experts % ranks or top_k > experts:
+            raise ModelError(f"{experts} experts are not a multiple of {ranks} ranks, or fewer than top_k {top_k}")
+        routing = RoutingCounts.uniform(ranks, experts=experts, tokens=tokens, top_k=top_k)
     how: moe.Quant = "int8" if quant == "int8" else "none"
     lanes = MAX_LANES if machine is None else int(machine["lane.count"])
     if protocol == "deepep":
@@ -115,8 +128,9 @@ def describe_a2e(
     quant: str = "int8",
     trampolines: int | None = None,
     machine: Machine | None = None,
+    routing: RoutingCounts | None = None,
 ) -> Description:
-    """A2E or E2A with evenly loaded experts, one on each expert die (XDS §3.3).
+    """A2E or E2A with one expert on each expert die (XDS §3.3).
 
     Args:
         operation: "a2e" or "e2a".
@@ -130,6 +144,7 @@ def describe_a2e(
         quant: "int8" or "none", for A2E.
         trampolines: expert dies that forward; 0 is direct; None is as many as there are attention dies, if there are.
         machine: whose lanes take part; those of a die of CloudMatrix384 if None.
+        routing: what goes where; evenly loaded experts if None.
 
     Raises:
         ModelError: there is no such operation, or the numbers do not fit.
@@ -148,7 +163,7 @@ def describe_a2e(
         trampolines = a2e.default_trampolines(attention, experts)
     if not 0 <= trampolines <= experts:
         raise ModelError(f"{trampolines} trampolines of {experts} expert dies: 0 to {experts} are possible")
-    routing = RoutingCounts.uniform(
+    routing = routing or RoutingCounts.uniform(
         attention, experts=routed, tokens=tokens, top_k=top_k, shared=shared, destinations=experts
     )
     lanes = MAX_LANES if machine is None else int(machine["lane.count"])
@@ -158,7 +173,7 @@ def describe_a2e(
     return a2e.e2a(routing, hidden=hidden, lanes=lanes, trampolines=trampolines)
 
 
-def describe_send(machine: Machine, *, n_bytes: int, lanes: int) -> Description:
+def describe_send(machine: Machine, *, n_bytes: int, lanes: int, engine: Engine = "mte") -> Description:
     """A message between two dies of neighbouring nodes.
 
     Raises:
@@ -168,17 +183,49 @@ def describe_send(machine: Machine, *, n_bytes: int, lanes: int) -> Description:
         raise ModelError(f"{n_bytes} bytes on {lanes} lanes: a message has 0 bytes or more, on 1 to {MAX_LANES} lanes")
     dies_per_node = int(machine["topology.dies_per_chip"] * machine["topology.chips_per_node"])
     slot_bytes = int(machine["lane.buffer_bytes"])
-    return p2p.send_recv(2 * dies_per_node, [0], [dies_per_node], [n_bytes], lanes=lanes, slot_bytes=slot_bytes)
+    return p2p.send_recv(
+        2 * dies_per_node, [0], [dies_per_node], [n_bytes], lanes=lanes, engine=engine, slot_bytes=slot_bytes
+    )
 
 
-def project(description: Description, machine: Machine) -> Projection:
-    """What the description costs, with ranks packed on the machine's dies."""
-    timeline = simulate(description, place(machine, description.ranks))
-    stages = timeline.stage_us()
-    total_us = timeline.total_us
+def project(
+    description: Description,
+    machine: Machine,
+    placement: str | Sequence[int] = "packed",
+    start_us: npt.NDArray[np.float64] | None = None,
+) -> Projection:
+    """What the description costs.
+
+    Args:
+        description: what happens.
+        machine: on which machine.
+        placement: of the ranks on its dies, as `topology.place` has it.
+        start_us: [ranks] when each rank calls the operation; all at 0 if None.
+
+    Raises:
+        ModelError: it does not fit on the machine.
+    """
+    return summary(description, machine, timeline(description, machine, placement, start_us))
+
+
+def timeline(
+    description: Description,
+    machine: Machine,
+    placement: str | Sequence[int] = "packed",
+    start_us: npt.NDArray[np.float64] | None = None,
+) -> Timeline:
+    """When each rank is in which stage; arguments and errors as for `project`."""
+    return simulate(description, place(machine, description.ranks, placement), start_us)
+
+
+def summary(description: Description, machine: Machine, times: Timeline) -> Projection:
+    """The projection that a timeline of this description makes."""
+    stages = times.stage_us()
+    total_us = times.total_us
     name = max(stages, key=lambda stage: stages[stage])
-    limit = timeline.limits[timeline.stages.index(name)]
+    limit = times.limits[times.stages.index(name)]
     spread = 2 * float(machine.calibration.get("leave_one_out_rms", 0.0))
+    rank_us = times.end_us[-1] - times.begin_us[0]
     return Projection(
         machine=machine.name,
         operation=description.operation,
@@ -187,7 +234,27 @@ def project(description: Description, machine: Machine) -> Projection:
         time_us=total_us,
         low_us=total_us * (1 - spread),
         high_us=total_us * (1 + spread),
+        rank_us={"min": float(rank_us.min()), "mean": float(rank_us.mean()), "max": float(rank_us.max())},
         stages=stages,
         bottleneck=f"{name}: {limit}",
         bottleneck_share=stages[name] / total_us if total_us else 0.0,
+    )
+
+
+def together(operation: str, parts: Sequence[Projection]) -> Projection:
+    """Operations one after the other, as one: a round trip."""
+    first, total_us = parts[0], sum(part.time_us for part in parts)
+    longest = max(parts, key=lambda part: part.bottleneck_share * part.time_us)
+    return Projection(
+        machine=first.machine,
+        operation=operation,
+        protocol=first.protocol,
+        ranks=first.ranks,
+        time_us=total_us,
+        low_us=sum(part.low_us for part in parts),
+        high_us=sum(part.high_us for part in parts),
+        rank_us={key: sum(part.rank_us[key] for part in parts) for key in first.rank_us},
+        stages={f"{part.operation} {name}": us for part in parts for name, us in part.stages.items()},
+        bottleneck=f"{longest.operation} {longest.bottleneck}",
+        bottleneck_share=longest.bottleneck_share * longest.time_us / total_us if total_us else 0.0,
     )

@@ -1,0 +1,95 @@
+"""What a benchmark's step is, as descriptions: for comparison with its trace, and for the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xccl.cli.options import BenchOptions, Case
+from xccl.comm import reference
+from xccl.errors import UsageError
+from xccl.layout.dtypes import CODE_BY_NAME, DTYPE_OF
+from xccl.protocol import a2e, moe, onesided, p2p
+from xccl.protocol.counts import RoutingCounts
+from xccl.protocol.routing import make_routing
+from xccl.protocol.stage import Description
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def describe_step(
+    options: BenchOptions, case: Case, op: str, ranks: int, releasing: int | None = None
+) -> list[Description]:
+    """The descriptions of one iteration of a row, one after the other.
+
+    Args:
+        options: of the run.
+        case: its size.
+        op: name of the row.
+        ranks: the same work on so many ranks.
+        releasing: of a barrier, the rank that came last and released the others; the highest one if None.
+
+    Raises:
+        UsageError: the work has no description on so many ranks.
+    """
+    if case.size_bytes is not None:
+        return _between_neighbours(op, case.size_bytes, ranks, options.lanes)
+    if case.tokens is None:
+        return [onesided.barrier(ranks, releasing)]
+    if options.deployment is not None:
+        return [_apart(options, case.tokens, op, ranks)]
+    item_bytes = DTYPE_OF[CODE_BY_NAME[options.dtype]].itemsize
+    experts = -(-options.experts // ranks) * ranks
+    choices = [_choices(options, case.tokens, rank, ranks, experts) for rank in range(ranks)]
+    routing = RoutingCounts.from_topk(choices, experts)
+    make: dict[str, Callable[[], Description]] = {
+        "dispatch": lambda: moe.dispatch(routing, hidden=options.hidden, item_bytes=item_bytes, quant=_quant(options)),
+        "combine": lambda: moe.combine(routing, hidden=options.hidden, item_bytes=item_bytes),
+    }
+    return [make[name]() for name in (("dispatch", "combine") if op == "moe" else (op,))]
+
+
+def _between_neighbours(op: str, n_bytes: int, ranks: int, lanes: int) -> list[Description]:
+    here = np.arange(ranks)
+    following = (here + 1) % ranks
+    if op == "put":
+        return [onesided.put(ranks, here, following, n_bytes)]
+    if op == "get":
+        return [onesided.get(ranks, following, here, n_bytes)]
+    if op == "put-signal":
+        return [onesided.put_signal(ranks, here, following, n_bytes), onesided.wait_until(ranks, here)]
+    return [p2p.send_recv(ranks, here, following, n_bytes, lanes=lanes)]
+
+
+def _apart(options: BenchOptions, tokens: int, op: str, ranks: int) -> Description:
+    deployment = options.deployment
+    if deployment is None or deployment.domains > 1 or deployment.microbatches > 1 or ranks != options.ranks:
+        raise UsageError("the model knows one microbatch of one domain on the ranks that run it: no --domains, @EP")
+    attention, dies = deployment.attention, options.ranks - deployment.attention
+    routed, shared = options.experts - deployment.shared, deployment.shared
+    choices = [
+        reference.with_shared(_choices(options, tokens, rank, attention, routed), rank, routed, shared)
+        for rank in range(attention)
+    ]
+    routing = RoutingCounts.from_topk(choices, options.experts, dies)
+    item_bytes = DTYPE_OF[CODE_BY_NAME[options.dtype]].itemsize
+    trampolines = 0
+    if deployment.route == "trampoline":
+        trampolines = deployment.trampolines or a2e.default_trampolines(attention, dies)
+    if op == "a2e":
+        return a2e.a2e(
+            routing, hidden=options.hidden, item_bytes=item_bytes, quant=_quant(options), trampolines=trampolines
+        )
+    return a2e.e2a(routing, hidden=options.hidden, item_bytes=item_bytes, trampolines=trampolines)
+
+
+def _choices(options: BenchOptions, tokens: int, rank: int, ranks: int, experts: int) -> np.ndarray:
+    return make_routing(
+        options.routing, tokens=tokens, experts=experts, topk=options.topk, seed=options.seed, rank=rank, ranks=ranks
+    )
+
+
+def _quant(options: BenchOptions) -> moe.Quant:
+    return "int8" if options.quant == "int8" else "none"
