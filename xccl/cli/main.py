@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from xccl._version import __version__
-from xccl.cli import bench, doctor, project, trace, validate
+from xccl.cli import bench, calibrate, doctor, project, trace, validate
 from xccl.cli.parsing import OneLineParser
 from xccl.errors import CapacityError, UsageError, XcclError
 
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"xccl {__version__}")
     commands = parser.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
     bench.add_parser(commands.add_parser("bench", help="run a microbenchmark on emulated ranks", allow_abbrev=False))
+    calibrate.add_parser(commands.add_parser("calibrate", help="measure or fit a machine", allow_abbrev=False))
     doctor.add_parser(commands.add_parser("doctor", help="check this machine, and clean up", allow_abbrev=False))
     project.add_parser(commands.add_parser("project", help="what it would cost on UB links", allow_abbrev=False))
     trace.add_parser(commands.add_parser("trace", help="timeline of a benchmark, for Perfetto", allow_abbrev=False))

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ..layout import moe as layout
 from ..layout.moe import ROUTING
+from .buffers import address_of
 
 if TYPE_CHECKING:
     from .moe import ExpertParallel
@@ -22,7 +23,7 @@ class Routing:
         sizes = (tokens * top_k, experts + 1, ranks * local_experts, ranks * local_experts)
         words = ROUTING.size_bytes // 8
         self._memory = np.zeros(words + sum(sizes), np.int64)
-        self.address: int = self._memory.ctypes.data
+        self.address: int = address_of(self._memory)
         at = words
         parts = (layout.RT_ROW_OF, layout.RT_SENT_FIRST, layout.RT_GOT_COUNTS, layout.RT_GOT_FIRST)
         for offset, size in zip(parts, sizes, strict=True):

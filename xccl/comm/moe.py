@@ -229,7 +229,7 @@ class ExpertParallel:
         core = self._core
         operation = None if core.trace is None else core.trace.start("dispatch", self._dispatches + 1)
         routing = Routing(idx.shape[0], self.top_k, self.num_experts, self.local_experts, core.size)
-        rows = kernels.route.call(self._address, routing.address, idx.ctypes.data)
+        rows = kernels.route.call(self._address, routing.address, address_of(idx))
         if rows < 0:
             raise bad_choice(idx, -1 - rows, self.num_experts)
         self._commit(self._rows, rows * self._row_bytes)
@@ -258,7 +258,7 @@ class ExpertParallel:
 
     def _pull(self, routing: Routing, fields: int) -> Dispatched:
         counts = np.empty(self.local_experts, np.int64)
-        n = kernels.dispatch_plan.call(self._address, routing.address, fields, counts.ctypes.data)
+        n = kernels.dispatch_plan.call(self._address, routing.address, fields, address_of(counts))
         if n < 0:
             source = -1 - n
             raise FabricError(
@@ -270,7 +270,7 @@ class ExpertParallel:
         source_rows = np.empty(n, SOURCE_DTYPE)
         kernels.dispatch_pull.call(
             self._address, routing.address, fields, address_of(tokens),
-            0 if scales is None else scales.ctypes.data, source_rows.ctypes.data,
+            0 if scales is None else address_of(scales), address_of(source_rows),
         )  # fmt: skip
         return Dispatched(tokens, scales, counts, source_rows, routing, self)
 

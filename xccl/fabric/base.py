@@ -154,7 +154,7 @@ def wait_policy(ranks: int, cores: int) -> tuple[int, int]:
     off the core; a few yields hand it over, and with very many ranks even those are mostly wasted.
     """
     if ranks <= cores:
-        return 200, 50
+        return 2000, 200
     if ranks <= 8 * cores:
         return 0, 20
     return 0, 2

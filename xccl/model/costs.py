@@ -81,6 +81,7 @@ class StageCost:
         waits: what is awaited, and [ranks] of how many senders.
         barrier_us: of the lanes.
         streamed: see `Stage`.
+        overlaps: vector work and transfers go on at the same time.
     """
 
     name: str
@@ -100,15 +101,21 @@ class StageCost:
     waits: tuple[tuple[str, Ints], ...]
     barrier_us: float
     streamed: bool
+    overlaps: bool
 
 
 def cost_stages(description: Description, topology: Topology) -> list[StageCost]:
     """Every stage of a description, costed on a machine."""
     is_streamed = any(stage.streamed for stage in description.stages)
-    stages = [_cost_stage(stage, description.lanes, topology, is_streamed) for stage in description.stages]
-    if stages:  # the launch comes before everything, at every rank
-        stages[0] = replace(stages[0], poll_us=stages[0].poll_us + topology.machine["kernel.launch_us"])
-    return stages
+    machine = topology.machine
+    lanes = min(description.lanes, int(machine["lane.count"]))
+    stages = [_cost_stage(stage, lanes, topology, is_streamed) for stage in description.stages]
+    # The launch comes before everything, at every rank; where stages are calls of their own, each has a launch more.
+    launches = [machine["kernel.launch_us"], *[0.0] * len(stages)]
+    return [
+        replace(stage, poll_us=stage.poll_us + launch_us + machine["kernel.stage_us"])
+        for stage, launch_us in zip(stages, launches, strict=False)
+    ]
 
 
 def stage_end_us(
@@ -123,9 +130,12 @@ def stage_end_us(
         flow_end_us: when its bytes have moved.
         last_us: when the last signal is there that a streamed stage works along with; 0 if there is none.
     """
-    # Work and transfers are a pipeline of two steps: of the shorter one, a unit sticks out.
-    end = flow_end_us + stage.work_unit_us[at]
-    end = np.where(stage.work_us[at] > 0, np.maximum(end, moving_us + stage.work_us[at] + stage.unit_us[at]), end)
+    if stage.overlaps:
+        # Work and transfers are a pipeline of two steps: of the shorter one, a unit sticks out.
+        end = flow_end_us + stage.work_unit_us[at]
+        end = np.where(stage.work_us[at] > 0, np.maximum(end, moving_us + stage.work_us[at] + stage.unit_us[at]), end)
+    else:
+        end = flow_end_us + stage.work_us[at]
     if stage.streamed:
         end = np.maximum(end, last_us + np.where(np.asarray(last_us) > 0, stage.unit_us[at], 0.0))
     if stage.barrier_us:
@@ -152,7 +162,7 @@ def _cost_stage(stage: Stage, lanes: int, topology: Topology, is_streamed: bool)
     for transfers in stage.transfers:
         mover = transfers.source if transfers.mover == "source" else transfers.destination
         n_bytes += np.bincount(mover, transfers.n_bytes, ranks)
-        each_us = _unit_us(transfers, topology)
+        each_us = _unit_us(transfers, mover, topology)
         alone_us, unit_us = _alone_us(transfers, mover, each_us, lanes, ranks, machine)
         alone, unit = alone + alone_us, np.maximum(unit, unit_us)
         moving = transfers.units > 0
@@ -192,6 +202,7 @@ def _cost_stage(stage: Stage, lanes: int, topology: Topology, is_streamed: bool)
     return StageCost(
         stage.name, n_bytes, alone, unit, first, resource, coefficient, latency if pulls else latency / 2, pulls, work,
         work_unit, signal, tuple(arrivals), poll, tuple(waits), barrier_us, stage.streamed,
+        machine["vector.overlaps"] > 0,
     )  # fmt: skip
 
 
@@ -211,7 +222,7 @@ def _signal_us(signals: Signals, lanes: int, topology: Topology, is_streamed: bo
     return np.asarray(issue, np.float64)
 
 
-def _unit_us(transfers: Transfers, topology: Topology) -> Floats:
+def _unit_us(transfers: Transfers, mover: Ints, topology: Topology) -> Floats:
     """[n] time of one unit of each row, by the engine that moves it."""
     machine = topology.machine
     size = transfers.n_bytes / np.maximum(transfers.units, 1)
@@ -221,9 +232,19 @@ def _unit_us(transfers: Transfers, topology: Topology) -> Floats:
     startup = np.where(local, machine["lane.local_startup_us"], machine["lane.startup_us"])
     if transfers.has_header:
         startup = startup + machine["lane.header_us"]
-    rate = np.where(local, machine["lane.local_rate_gbps"], machine["lane.rate_gbps"]) * 1e3
+    working_set = np.bincount(mover, transfers.n_bytes, topology.ranks)[mover]
+    rate = np.where(local, *(machine.at(name, working_set) for name in _rates(transfers))) * 1e3
     pieces = np.maximum(np.ceil(size / machine["lane.buffer_bytes"]), 1)
     return np.asarray(pieces * startup + size / rate, np.float64)
+
+
+def _rates(transfers: Transfers) -> tuple[str, str]:
+    """Names of the rates within the mover's own memory, and to or from another's."""
+    if not transfers.is_stored:
+        return "lane.fused_local_rate_gbps", "lane.fused_rate_gbps"
+    if transfers.mover == "source":
+        return "lane.local_rate_gbps", "lane.rate_gbps"
+    return "lane.local_pull_rate_gbps", "lane.pull_rate_gbps"
 
 
 def _alone_us(

@@ -6,6 +6,8 @@ parameters carry the range that is physically possible, and calibration stays wi
 
 from __future__ import annotations
 
+import json
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,9 +16,26 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from ..errors import ModelError
 
+#: The machine that `xccl calibrate host` has measured.
+HOST = "host"
 _PROFILES = resources.files(__package__) / "profiles"
+
+
+#: What a profile may leave out, and what holds then: another parameter's figure, or this one. Machines whose cores
+#: read, write and sum alike, with one kernel for an operation and engines beside the vector unit, need none of them.
+_SAME_AS: Mapping[str, str | float] = {
+    "lane.pull_rate_gbps": "lane.rate_gbps",
+    "lane.fused_rate_gbps": "lane.pull_rate_gbps",
+    "lane.local_pull_rate_gbps": "lane.local_rate_gbps",
+    "lane.fused_local_rate_gbps": "lane.local_pull_rate_gbps",
+    "kernel.stage_us": 0.0,
+    "vector.overlaps": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,8 @@ class Parameter:
         source: where it comes from.
         low: smallest value that is physically possible; None if the parameter is not free.
         high: largest one.
+        curve: how the figure depends on the bytes that a rank works on at a time, (bytes, figure) in growing order,
+            where caches matter; `value` holds where there is none.
     """
 
     name: str
@@ -36,6 +57,7 @@ class Parameter:
     source: str
     low: float | None = None
     high: float | None = None
+    curve: tuple[tuple[float, float], ...] = ()
 
     @property
     def is_free(self) -> bool:
@@ -61,7 +83,20 @@ class Machine:
     calibration: Mapping[str, Any]
 
     def __getitem__(self, name: str) -> float:
+        if name not in self.parameters and name in _SAME_AS:
+            default = _SAME_AS[name]
+            return self[default] if isinstance(default, str) else default
         return self.parameters[name].value
+
+    def at(self, name: str, n_bytes: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """The figure for each working set: on the curve, between its points by the logarithm of the bytes."""
+        while name not in self.parameters:
+            name = str(_SAME_AS[name])
+        parameter = self.parameters[name]
+        if not parameter.curve:
+            return np.full(np.shape(n_bytes), parameter.value)
+        sizes, figures = zip(*parameter.curve, strict=True)
+        return np.asarray(np.interp(np.log(np.maximum(n_bytes, 1)), np.log(sizes), figures), np.float64)
 
     @property
     def free(self) -> list[Parameter]:
@@ -83,8 +118,27 @@ class Machine:
                 raise ModelError(f"machine {self.name} has no parameter {name}; there are {near}", machine=self.name)
             if not 0 <= value < float("inf"):
                 raise ModelError(f"{name} must be a number of at least 0, got {value}", machine=self.name)
-            parameters[name] = replace(parameters[name], value=float(value))
+            parameters[name] = replace(parameters[name], value=float(value), curve=())
         return replace(self, parameters=parameters)
+
+
+def host_path() -> Path:
+    """Where `xccl calibrate host` leaves the profile of this machine: in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xccl" / "host.toml"
+
+
+def profile_text(machine: Machine) -> str:
+    """A machine as a profile: what `parse_machine` reads."""
+    lines = [f"name = {json.dumps(machine.name)}", f"title = {json.dumps(machine.title)}"]
+    for parameter in machine.parameters.values():
+        lines += ["", f"[{parameter.name}]", f"value = {parameter.value:.6g}"]
+        if parameter.low is not None and parameter.high is not None:
+            lines += [f"low = {parameter.low:g}", f"high = {parameter.high:g}"]
+        if parameter.curve:
+            points = ", ".join(f"[{n_bytes:g}, {value:.6g}]" for n_bytes, value in parameter.curve)
+            lines.append(f"curve = [{points}]")
+        lines.append(f"source = {json.dumps(parameter.source, ensure_ascii=False)}")
+    return "\n".join(lines) + "\n"
 
 
 def profile_names() -> list[str]:
@@ -98,12 +152,16 @@ def load_machine(name: str) -> Machine:
     Raises:
         ModelError: there is no such profile, or the file is not one.
     """
-    if name in profile_names():
+    if name == HOST:
+        if not host_path().is_file():
+            raise ModelError(f"{host_path()} is not there: run `xccl calibrate host` first", machine=name)
+        text = host_path().read_text(encoding="utf-8")
+    elif name in profile_names():
         text = (_PROFILES / f"{name}.toml").read_text(encoding="utf-8")
     elif Path(name).is_file():
         text = Path(name).read_text(encoding="utf-8")
     else:
-        names = ", ".join(profile_names())
+        names = ", ".join([*profile_names(), HOST])
         raise ModelError(f"there is no machine {name!r}: use one of {names}, or the path of a profile", machine=name)
     return parse_machine(text, name)
 
@@ -123,7 +181,10 @@ def parse_machine(text: str, origin: str) -> Machine:
             for key, entry in entries.items():
                 full = f"{table}.{key}"
                 bounds = (entry["low"], entry["high"]) if "low" in entry or "high" in entry else (None, None)
-                parameters[full] = Parameter(full, float(entry["value"]), str(entry["source"]), *bounds)
+                curve = tuple((float(n_bytes), float(value)) for n_bytes, value in entry.get("curve", ()))
+                parameters[full] = Parameter(
+                    full, float(entry["value"]), str(entry["source"]), low=bounds[0], high=bounds[1], curve=curve
+                )
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ModelError(f"{origin} is not a machine profile: {error!r}", machine=origin) from error
     _check(parameters, origin)
@@ -134,6 +195,11 @@ def _check(parameters: Mapping[str, Parameter], origin: str) -> None:
     """Raise ModelError for a figure that cannot be, or that the model would miss."""
     for parameter in parameters.values():
         low, high = (parameter.low, parameter.high) if parameter.low is not None else (0.0, float("inf"))
+        sizes = [n_bytes for n_bytes, _ in parameter.curve]
+        if sizes != sorted(set(sizes)) or any(not (n > 0 and 0 < f < float("inf")) for n, f in parameter.curve):
+            raise ModelError(
+                f"{origin}: the curve of {parameter.name} must have growing sizes and figures above 0", machine=origin
+            )
         if not (0 <= parameter.value < float("inf") and low <= parameter.value <= (high or low)):
             raise ModelError(
                 f"{origin}: {parameter.name} is {parameter.value}, allowed is {low} to {high}", machine=origin

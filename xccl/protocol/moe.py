@@ -102,7 +102,7 @@ def combine(routing: RoutingCounts, *, hidden: int, item_bytes: int = 2, lanes: 
     origin, expert = all_pairs(ranks)
     rows, received = routing.rows.ravel(), routing.received
     written = _local(every, received, received * row_bytes, "rows")
-    pulled = Transfers(expert, origin, rows, rows * row_bytes, "destination", "rows")
+    pulled = Transfers(expert, origin, rows, rows * row_bytes, "destination", "rows", is_stored=False)
     summed = routing.tokens * row_bytes + routing.sent * WEIGHT_BYTES
     work = Work(every, "reduce", routing.tokens, summed, routing.sent * hidden)
     stages = _stages(

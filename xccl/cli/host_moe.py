@@ -1,0 +1,73 @@
+"""Dispatch and combine on this machine, for comparison with what its profile predicts."""
+
+from __future__ import annotations
+
+from statistics import median
+from time import perf_counter_ns
+from typing import TYPE_CHECKING
+
+import ml_dtypes
+import numpy as np
+
+from xccl.comm.moe import ExpertParallel
+from xccl.protocol import moe
+from xccl.protocol.counts import RoutingCounts
+from xccl.protocol.routing import make_routing
+
+if TYPE_CHECKING:
+    from xccl.comm.communicator import Communicator
+    from xccl.protocol.stage import Description
+
+_RANKS = 2
+_ITERATIONS = 15
+
+
+def describe(operation: str, hidden: int, quant: str, tokens: int, *, experts: int, top_k: int) -> Description:
+    """What `HostMoe` times, described."""
+    choices = [_choices(rank, tokens, experts, top_k) for rank in range(_RANKS)]
+    routing = RoutingCounts.from_topk(choices, experts)
+    if operation == "dispatch":
+        return moe.dispatch(routing, hidden=hidden, quant="int8" if quant == "int8" else "none")
+    return moe.combine(routing, hidden=hidden)
+
+
+def _choices(rank: int, tokens: int, experts: int, top_k: int) -> np.ndarray:
+    return make_routing("uniform", tokens=tokens, experts=experts, topk=top_k, seed=0, rank=rank, ranks=_RANKS)
+
+
+class HostMoe:
+    """One shape at one rank: bfloat16, by the pull protocol."""
+
+    def __init__(self, comm: Communicator, hidden: int, quant: str, tokens: int, *, experts: int, top_k: int) -> None:
+        rng = np.random.default_rng(comm.rank)
+        self._comm = comm
+        self._name = f"{quant} {tokens} {hidden}"
+        self._ep = ExpertParallel(
+            comm, num_experts=experts, hidden=hidden, top_k=top_k, max_tokens=tokens, dtype=ml_dtypes.bfloat16,
+            quant=quant,
+        )  # fmt: skip
+        self._x = rng.standard_normal((tokens, hidden), np.float32).astype(ml_dtypes.bfloat16)
+        self._idx = _choices(comm.rank, tokens, experts, top_k)
+        self._weights = rng.random((tokens, top_k), np.float32)
+        self._dispatched = self._ep.dispatch(self._x, self._idx)
+        self._out = np.zeros((len(self._dispatched.source), hidden), ml_dtypes.bfloat16)
+
+    def round(self) -> dict[str, float]:
+        """Medians of both operations, us, by "OPERATION QUANT TOKENS HIDDEN"."""
+
+        def dispatch() -> None:
+            self._dispatched = self._ep.dispatch(self._x, self._idx)
+
+        def combine() -> None:
+            self._ep.combine(self._out, self._dispatched, self._weights)
+
+        found = {}
+        for name, step in (("dispatch", dispatch), ("combine", combine)):
+            times = []
+            for _ in range(_ITERATIONS):
+                self._comm.barrier()
+                start = perf_counter_ns()
+                step()
+                times.append(perf_counter_ns() - start)
+            found[f"{name} {self._name}"] = median(times[3:]) / 1e3
+        return found
