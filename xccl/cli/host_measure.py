@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 SIZES: Final = (256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20, 8 << 20, 16 << 20)
 _HIDDEN: Final = 7168
 _ROW_BYTES: Final = 2 * _HIDDEN
+_SUMMED_HIDDEN: Final = (_HIDDEN, 2048)
 _SMALL_ROW_BYTES: Final = 64
 _COPIES: Final = 8
 _PINGS: Final = 200
 _LARGE_BYTES: Final = 4 << 20
-_CYCLES_SMALL: Final = 12
-_CYCLES_LARGE: Final = 4
+_CYCLES_SMALL: Final = 14
+_CYCLES_LARGE: Final = 6
 
 
 def pin(rank: int) -> None:
@@ -50,6 +51,7 @@ class HostMeter:
         self._area = comm.empty((largest,), np.uint8)
         self._signals = comm.signals(2)
         self._private = [_aligned(largest) for _ in range(2)]
+        self._outputs = _aligned(largest)
         rng = np.random.default_rng(comm.rank)
         tokens = largest // _COPIES // _ROW_BYTES + 1
         self._x = rng.standard_normal((tokens, _HIDDEN), np.float32).astype(ml_dtypes.bfloat16)
@@ -95,22 +97,25 @@ class HostMeter:
             timed("get", partial(onesided.copy.call, private, self._peer + half, half))
             timed("local_get", partial(onesided.copy.call, private + half, self._own, half))
             self._comm.barrier()
-            self._write(n_rows)
+            timed("local_put", partial(onesided.copy.call, self._own, address_of(self._outputs), 2 * half))
             self._comm.barrier()
-            timed("sum", partial(self._sum, private, self._peer + half, n_rows // 2))
-            timed("local_sum", partial(self._sum, private + half, self._own, n_rows // 2))
+            hidden = _SUMMED_HIDDEN[i % 2]  # rows of a power of two fall on each other in a cache
+            timed("sum", partial(self._sum, hidden, private, self._peer + half, half))
+            timed("local_sum", partial(self._sum, hidden, private + half, self._own, half))
             self._comm.barrier()
             timed("put", partial(onesided.copy.call, self._target, private, half))
             self._comm.barrier()
-        whole = {"write": 2 * half}
-        return {name: whole.get(name, half) / float(median(found)) for name, found in times.items()}
+        whole = {"write": 2 * half, "local_put": 2 * half}
+        # Even and odd cycles may differ; the mean of their medians is the time of both kinds of rows.
+        ns = {name: (median(found[2::2]) + median(found[3::2])) / 2 for name, found in times.items()}
+        return {name: whole.get(name, half) / ns[name] for name in times}
 
     def _write(self, n_rows: int) -> None:
         rows.copy_rows.call(self._own, int(self._x.ctypes.data), _ROW_BYTES, n_rows, _COPIES)
 
-    def _sum(self, private: int, source: int, n_rows: int) -> None:
-        scratch = address_of(self._scratch)
-        rows.sum_rows.call(BF16, private, source, _HIDDEN, _ROW_BYTES, n_rows // _COPIES, scratch)
+    def _sum(self, hidden: int, private: int, source: int, n_bytes: int) -> None:
+        scratch, row_bytes = address_of(self._scratch), 2 * hidden
+        rows.sum_rows.call(BF16, private, source, hidden, row_bytes, n_bytes // row_bytes // 8, scratch)
 
     def _row_us(self) -> float:
         """What a row costs besides its bytes: rows of a cache line."""

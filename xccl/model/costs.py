@@ -178,7 +178,10 @@ def _cost_stage(stage: Stage, lanes: int, topology: Topology, is_streamed: bool)
         usages.append((mover[row], resource, amount))
     first, resource, coefficient = _sparse(usages, n_bytes)
     work, work_unit = np.zeros(ranks), np.zeros(ranks)
+    is_fused = any(not transfers.is_stored for transfers in stage.transfers)
     for item in stage.work:
+        if is_fused and item.kind == "reduce" and not machine["vector.sums_apart"]:
+            continue  # the rate of the transfers is that of summing them
         work_us, work_unit_us = _work_us(item, lanes, machine)
         work += np.bincount(item.rank, work_us, ranks)
         work_unit += np.bincount(item.rank, work_unit_us, ranks)
@@ -242,6 +245,8 @@ def _rates(transfers: Transfers) -> tuple[str, str]:
     """Names of the rates within the mover's own memory, and to or from another's."""
     if not transfers.is_stored:
         return "lane.fused_local_rate_gbps", "lane.fused_rate_gbps"
+    if transfers.is_repeated:
+        return "lane.local_repeat_rate_gbps", "lane.rate_gbps"
     if transfers.mover == "source":
         return "lane.local_rate_gbps", "lane.rate_gbps"
     return "lane.local_pull_rate_gbps", "lane.pull_rate_gbps"

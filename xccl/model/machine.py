@@ -32,9 +32,11 @@ _SAME_AS: Mapping[str, str | float] = {
     "lane.pull_rate_gbps": "lane.rate_gbps",
     "lane.fused_rate_gbps": "lane.pull_rate_gbps",
     "lane.local_pull_rate_gbps": "lane.local_rate_gbps",
+    "lane.local_repeat_rate_gbps": "lane.local_rate_gbps",
     "lane.fused_local_rate_gbps": "lane.local_pull_rate_gbps",
     "kernel.stage_us": 0.0,
     "vector.overlaps": 1.0,
+    "vector.sums_apart": 1.0,
 }
 
 
@@ -131,11 +133,11 @@ def profile_text(machine: Machine) -> str:
     """A machine as a profile: what `parse_machine` reads."""
     lines = [f"name = {json.dumps(machine.name)}", f"title = {json.dumps(machine.title)}"]
     for parameter in machine.parameters.values():
-        lines += ["", f"[{parameter.name}]", f"value = {parameter.value:.6g}"]
+        lines += ["", f"[{parameter.name}]", f"value = {parameter.value:.12g}"]
         if parameter.low is not None and parameter.high is not None:
             lines += [f"low = {parameter.low:g}", f"high = {parameter.high:g}"]
         if parameter.curve:
-            points = ", ".join(f"[{n_bytes:g}, {value:.6g}]" for n_bytes, value in parameter.curve)
+            points = ", ".join(f"[{n_bytes:.12g}, {value:.12g}]" for n_bytes, value in parameter.curve)
             lines.append(f"curve = [{points}]")
         lines.append(f"source = {json.dumps(parameter.source, ensure_ascii=False)}")
     return "\n".join(lines) + "\n"

@@ -22,6 +22,7 @@ is read, the sum and the weights.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -61,7 +62,7 @@ def dispatch(
     rows, runs = routing.rows.ravel(), routing.runs.ravel()
     sent, ones = routing.sent, np.ones_like(every)
     written = [
-        _local(every, sent, sent * row_bytes, "rows"),
+        replace(_local(every, sent, sent * row_bytes, "rows"), is_repeated=True),
         _local(every, np.minimum(sent, 1), sent * PLACE_BYTES, "places"),
         _local(every, ones, ones * COUNT_BYTES * routing.experts, "counts"),
     ]

@@ -68,6 +68,7 @@ class Transfers:
         lane: [n] lane that does it, -1 where all lanes of the mover share the pieces evenly.
         what: the payload, in a word.
         has_header: each piece says by itself where it belongs, so that its header is read before it can be moved.
+        is_repeated: the same bytes go to several places, so that all readings but the first find them in a cache.
         is_stored: false where the bytes are used up by the stage's work on the way, and never written as they are.
     """
 
@@ -80,6 +81,7 @@ class Transfers:
     engine: Engine = "mte"
     lane: Ints | None = None
     has_header: bool = False
+    is_repeated: bool = False
     is_stored: bool = True
 
 
