@@ -133,11 +133,11 @@ def profile_text(machine: Machine) -> str:
     """A machine as a profile: what `parse_machine` reads."""
     lines = [f"name = {json.dumps(machine.name)}", f"title = {json.dumps(machine.title)}"]
     for parameter in machine.parameters.values():
-        lines += ["", f"[{parameter.name}]", f"value = {parameter.value:.12g}"]
+        lines += ["", f"[{parameter.name}]", f"value = {float(parameter.value)!r}"]
         if parameter.low is not None and parameter.high is not None:
             lines += [f"low = {parameter.low:g}", f"high = {parameter.high:g}"]
         if parameter.curve:
-            points = ", ".join(f"[{n_bytes:.12g}, {value:.12g}]" for n_bytes, value in parameter.curve)
+            points = ", ".join(f"[{n_bytes!r}, {value!r}]" for n_bytes, value in parameter.curve)
             lines.append(f"curve = [{points}]")
         lines.append(f"source = {json.dumps(parameter.source, ensure_ascii=False)}")
     return "\n".join(lines) + "\n"
