@@ -71,7 +71,33 @@ def combine_loop(comm: xccl.Communicator) -> Callable[[], object]:
     return lambda: ep.combine(out, dispatched, weights)
 
 
-LOOPS = {"barrier": barrier_loop, "sendrecv": sendrecv_loop, "dispatch": dispatch_loop, "combine": combine_loop}
+def disaggregated_loop(comm: xccl.Communicator) -> Callable[[], object]:
+    """Two attention dies, one of them behind each of two trampolines; expert dies work in persistent loops."""
+    tokens, hidden, top_k = 16, 512, 2
+    dis = xccl.Disaggregated(
+        comm, attention=2, experts=comm.size - 2, num_experts=comm.size - 2, hidden=hidden, top_k=top_k,
+        max_tokens=tokens, dtype=np.float32, quant="none", microbatches=2,
+    )  # fmt: skip
+    if dis.role == "expert":
+        return xccl.ExpertLoop(dis, lambda batch: batch.tokens).run
+    x = np.ones((tokens, hidden), np.float32)
+    idx = np.arange(tokens * top_k).reshape(tokens, top_k) % (comm.size - 2)
+    weights = np.ones((tokens, top_k), np.float32)
+
+    def step() -> None:
+        for handle in [dis.a2e(x, idx) for _ in range(2)]:
+            dis.e2a(handle, weights)
+
+    return step
+
+
+LOOPS = {
+    "barrier": barrier_loop,
+    "sendrecv": sendrecv_loop,
+    "dispatch": dispatch_loop,
+    "combine": combine_loop,
+    "disaggregated": disaggregated_loop,
+}
 
 
 def run_for_ever(comm: xccl.Communicator, operation: str = "barrier") -> None:

@@ -147,8 +147,10 @@ class Round:
         dis.e2a(self.outs[self.layout.expert_ranks.index(rank)], batch)
 
 
-def run_turns(rank: int, dis: xccl.Disaggregated, turns: list[list[list[Round]]], what: str = "") -> None:
-    """Rounds as a deployment does them: [turn][domain][microbatch]."""
+def run_turns(
+    rank: int, dis: xccl.Disaggregated, turns: list[list[list[Round]]], what: str = "", *, done: int = 0
+) -> None:
+    """Rounds as a deployment does them: [turn][domain][microbatch]; `done` turns came before."""
     if dis.role == "attention":
         assert dis.domain is not None
         for t, turn in enumerate(turns):
@@ -161,5 +163,5 @@ def run_turns(rank: int, dis: xccl.Disaggregated, turns: list[list[list[Round]]]
                 for m, r in enumerate(domain):
                     at = f"{what}turn {t}, domain {d}, microbatch {m}, "
                     batch = r.receive(rank, dis, at)
-                    assert (batch.turn, batch.domain, batch.microbatch) == (t, d, m), at
+                    assert (batch.turn, batch.domain, batch.microbatch) == (done + t, d, m), at
                     r.reply(rank, dis, batch)

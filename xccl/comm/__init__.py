@@ -8,6 +8,7 @@ from .a2e_attention import A2EHandle
 from .a2e_experts import ExpertBatch
 from .communicator import Communicator
 from .dispatched import Dispatched
+from .expert_loop import ExpertLoop
 from .moe import ExpertParallel
 from .p2p import Request
 from .symmetric import Signals, SymmetricArray
@@ -18,6 +19,7 @@ __all__ = [
     "Disaggregated",
     "Dispatched",
     "ExpertBatch",
+    "ExpertLoop",
     "ExpertParallel",
     "Request",
     "Signals",

@@ -178,12 +178,12 @@ class Disaggregated:
             CapacityError: more tokens than max_tokens, or no memory.
             WaitTimeout, PeerDied, SessionAborted: see `xccl.errors`.
         """
+        self._require_usable()
         if self._attention is not None:
             if x is None or topk_idx is None:
                 raise UsageError(
                     f"rank {self._core.rank} is an attention die: call a2e(x, topk_idx)", value="no tokens"
                 )
-            self._require_usable()
             return self._guarded("a2e", partial(self._attention.send, x, topk_idx))
         expert = self._require_expert("a2e")
         if x is not None or topk_idx is not None:
@@ -218,11 +218,16 @@ class Disaggregated:
             EventMismatch: dies return different A2Es; raised by those that see it.
             CapacityError, WaitTimeout, PeerDied, SessionAborted: see `xccl.errors`.
         """
+        self._require_usable()
         if self._attention is not None:
-            self._require_usable()
             return self._guarded("e2a", partial(self._attention.receive, first, second))
         expert = self._require_expert("e2a")
         return self._guarded("e2a", partial(expert.send, first, second))
+
+    @property
+    def expert_die(self) -> ExpertDie | None:
+        """The expert die that this rank is, for `ExpertLoop`."""
+        return self._expert
 
     def free(self) -> None:
         """Give the managed area back; results that are held stay valid. Collective: returns when all have called it.
@@ -235,7 +240,6 @@ class Disaggregated:
         self._broken = "it was freed"
 
     def _require_expert(self, call: str) -> ExpertDie:
-        self._require_usable()
         if self._expert is None:
             raise UsageError(
                 f"rank {self._core.rank} is neither an attention die nor an expert die: it has no part in {call}",

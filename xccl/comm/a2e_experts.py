@@ -96,6 +96,7 @@ class ExpertDie:
         self._pool = BufferPool()
         self._received = 0
         self._received_of = [0] * shape.domains
+        self._last_domain = 0
         self._sent = 0
         self._sent_of = [0] * shape.domains
         #: Who pulls what was written last, and its epoch: outputs, and what was handed on.
@@ -168,7 +169,7 @@ class ExpertDie:
         turn, place = divmod(self._received, shape.domains * shape.microbatches)
         domain, microbatch = divmod(place, shape.microbatches)
         epoch = self._received_of[domain] + 1
-        self._received, self._received_of[domain] = number, epoch
+        self._received, self._received_of[domain], self._last_domain = number, epoch, domain
         holders, event = self._holders[domain], number if self._is_bounced else epoch
         prefix = "forward-" if self._is_bounced else ""
         steps.begin(number)
@@ -187,6 +188,14 @@ class ExpertDie:
         expert_dies = self._expert_dies if self._served else None
         steps.finish(partial(traced_a2e.received, shape, routing, core.rank, holders, served, expert_dies))
         return batch
+
+    def nothing_has_come(self) -> bool:
+        """After an A2E that was given up: has no peer announced anything for it?"""
+        domain = self._last_domain
+        number, epoch = self._received, self._received_of[domain]
+        awaited = [(self._holders[domain], number if self._is_bounced else epoch)]
+        awaited += [(self._served[domain], epoch)] if self._served else []
+        return all(peers.read(i, EXF_EVENT) < event for peers, event in awaited for i in range(len(peers)))
 
     def _forward(self, steps: Steps, served: Peers, number: int, epoch: int) -> npt.NDArray[np.int32]:
         """What a trampoline does first; a copy of the tables that say where the rows lie."""

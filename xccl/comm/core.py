@@ -31,6 +31,8 @@ from ..trace.record import Recorder
 SLICE_NS = 50_000_000
 #: While requests are under way a wait comes back this often to drive them on.
 _PROGRESS_SLICE_NS = 200_000
+#: `reason` of the PeerDied that a wait for a rank ends with whose work was done.
+LEFT = "has finished and left the session"
 #: The longest deadline, about 31 years.
 _MAX_TIMEOUT_S = 1e9
 
@@ -221,9 +223,8 @@ class Core:
         """The error for a wait for a rank that has left."""
         left = [r for r in range(self.size) if r != self.rank and self.fabric.state(r) == STATE_LEFT]
         peer = waiting.peer if waiting.peer is not None else left[0]
-        reason = "has finished and left the session"
         return PeerDied(
-            f"rank {self.rank}: rank {peer} {reason}, during {waiting}", rank=self.rank, peer=peer, reason=reason
+            f"rank {self.rank}: rank {peer} {LEFT}, during {waiting}", rank=self.rank, peer=peer, reason=LEFT
         )
 
     # -- agreement --------------------------------------------------------------------------------------------------

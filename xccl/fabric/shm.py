@@ -14,6 +14,7 @@ import contextlib
 import os
 import resource
 import select
+import threading
 import time
 
 import numpy as np
@@ -73,6 +74,8 @@ class ShmFabric(Fabric):
         self._segments: dict[int, Segment] = {}
         self._pidfds: dict[int, int] = {}
         self._poll = select.poll()
+        #: Several threads of a rank may wait at once; a poll object serves one at a time.
+        self._watching = threading.Lock()
         deadline = time.monotonic() + join_timeout_s
         try:
             self._segments[rank] = own = Segment.create(session_id, rank, geometry)
@@ -226,15 +229,16 @@ class ShmFabric(Fabric):
 
     def dead_peers(self) -> list[tuple[int, str]]:
         """Ranks whose processes have ended without leaving the session."""
-        ended = {fd for fd, _ in self._poll.poll(0)}
         dead = []
-        for peer, pidfd in list(self._pidfds.items()):
-            if pidfd not in ended:
-                continue
-            if self.state(peer) == STATE_LEFT:
-                self._unwatch(peer)
-            else:
-                dead.append((peer, "died (its process has ended)"))
+        with self._watching:
+            ended = {fd for fd, _ in self._poll.poll(0)}
+            for peer, pidfd in list(self._pidfds.items()):
+                if pidfd not in ended:
+                    continue
+                if self.state(peer) == STATE_LEFT:
+                    self._unwatch(peer)
+                else:
+                    dead.append((peer, "died (its process has ended)"))
         return dead
 
     def check_peers(self) -> None:
