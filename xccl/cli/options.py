@@ -17,6 +17,8 @@ from xccl.cli.deployment import (
 )
 from xccl.cli.parsing import parse_bytes, parse_int_list, parse_seconds, whole_number
 from xccl.errors import UsageError
+from xccl.layout.collectives import OPERATORS
+from xccl.protocol.collectives import ALGORITHMS
 
 _LARGE_BYTES: Final = 64 * 1024
 _ITERS_SMALL: Final = 100
@@ -25,6 +27,8 @@ _ITERS_LARGE: Final = 20
 _MANY_RANKS: Final = 100
 _ITERS_MANY_RANKS: Final = 3
 _WARMUP_MANY_RANKS: Final = 1
+#: Without --max-bytes, messages of all ranks take at most so much.
+_MESSAGES_BYTES: Final = 1 << 30
 _MAX_LANES: Final = 48  # AIV cores of a die
 
 
@@ -64,6 +68,8 @@ class BenchOptions:
     project: str | None = None
     traced: bool = False
     deployment: Deployment | None = None
+    algorithm: str = "auto"
+    reduction: str = "sum"
 
     def iterations(self, case: Case) -> int:
         """Timed iterations: as asked, or 3 with 100 ranks or more, 20 for MoE and large messages, 100 for all else."""
@@ -115,9 +121,9 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     run("--timeout", dest="timeout_s", type=parse_seconds, metavar="S", default=default.timeout_s,
         help="deadline of each wait in seconds (default: 30)")  # fmt: skip
 
-    sized = parser.add_argument_group("sizes (put get put-signal sendrecv)").add_argument
+    sized = parser.add_argument_group("sizes (put get put-signal sendrecv, collectives)").add_argument
     sized("-b", "--min-bytes", type=parse_bytes, metavar="SIZE", default=default.min_bytes, help="default: 8")
-    sized("-e", "--max-bytes", type=parse_bytes, metavar="SIZE", default=default.max_bytes, help="default: 4M")
+    sized("-e", "--max-bytes", type=parse_bytes, metavar="SIZE", help="default: 4M, but 1G in all ranks together")
     sized(
         "-f", "--factor", type=whole_number(2), metavar="N", default=default.factor, help="between sizes (default: 2)"
     )
@@ -125,6 +131,9 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
         "--lanes", type=whole_number(1, _MAX_LANES), metavar="N", default=default.lanes, help="of a send (default: 2)"
     )
     sized("--dtype", choices=("bf16", "fp16", "fp32"), default=default.dtype, help="of all data (default: bf16)")
+
+    sized("--algorithm", choices=("auto", *ALGORITHMS), default=default.algorithm, help="of a collective")
+    sized("--reduction", choices=OPERATORS, default=default.reduction, help="of collectives that reduce (default: sum)")
 
     moe = parser.add_argument_group("mixture of experts (dispatch combine moe a2e e2a)").add_argument
     moe("--tokens", type=parse_int_list, metavar="N[,N...]", default=default.tokens, help="of a rank (default: 128)")
@@ -179,6 +188,8 @@ def bench_options(args: argparse.Namespace, benchmark: Needs) -> BenchOptions:
     values |= {"ranks": ranks, "experts": experts, "traced": args.project is not None}
     if args.warmup is None:
         values["warmup"] = BenchOptions.warmup if ranks < _MANY_RANKS else _WARMUP_MANY_RANKS
+    if args.max_bytes is None:
+        values["max_bytes"] = max(args.min_bytes, _default_max_bytes(ranks))
     options = BenchOptions(**values)
     if options.ranks < min_ranks:
         raise UsageError(f"--ranks is {options.ranks}: {options.op} needs at least {min_ranks}", bound=min_ranks)
@@ -190,6 +201,13 @@ def bench_options(args: argparse.Namespace, benchmark: Needs) -> BenchOptions:
         if path and path != "-":
             _check_writable(path)
     return options
+
+
+def _default_max_bytes(ranks: int) -> int:
+    most: int = BenchOptions.max_bytes
+    while most * ranks > _MESSAGES_BYTES:
+        most //= 2
+    return most
 
 
 def _check_experts(options: BenchOptions) -> None:

@@ -9,8 +9,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-#: An all-to-all, of which each rank keeps its own share (on average, for MoE).
-_ALL_TO_ALL: Final = frozenset({"dispatch", "combine", "moe"})
+#: Of these each rank keeps its own share (on average, for MoE).
+_ALL_TO_ALL: Final = frozenset(
+    {"dispatch", "combine", "moe", "allgather", "reduce-scatter", "alltoall", "alltoallv", "gather", "scatter"}
+)
 
 
 @dataclass(frozen=True)
@@ -39,4 +41,6 @@ def bandwidth_gbps(size_bytes: float, time_us: float) -> float:
 
 def bus_factor(op: str, ranks: int) -> float:
     """The part of the bytes that leaves a rank, which is busbw / algbw; as in nccl-tests."""
+    if op == "allreduce":
+        return 2 * (ranks - 1) / ranks
     return (ranks - 1) / ranks if op in _ALL_TO_ALL else 1.0

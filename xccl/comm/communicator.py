@@ -15,11 +15,15 @@ import numpy.typing as npt
 from ..errors import UsageError
 from ..fabric import Fabric
 from ..kernels import onesided, words
+from ..layout.collectives import block_bytes
 from ..layout.segment import CTL_BARRIER_ARRIVALS, EXPERT_METADATA_BYTES
+from ..protocol.collectives import counts_arrivals
 from ..trace.record import Recorder
 from . import traced
 from .buffers import address_of, readable, require_int, writable
+from .collectives import Collectives
 from .core import Core, Waiting, require_timeout
+from .exchange import Exchange
 from .p2p import PointToPoint, Request
 from .symmetric import Signals, SymmetricAllocator, SymmetricArray
 
@@ -28,7 +32,7 @@ _SIGNAL_OPS = {"set": 0, "add": 1}
 _INT64 = (-(1 << 63), (1 << 63) - 1)
 
 
-class Communicator:
+class Communicator(Collectives):
     """One rank's end of a session. Made by `xccl.launch` or `xccl.init`; used by one thread at a time.
 
     Attributes:
@@ -52,12 +56,26 @@ class Communicator:
         self.heap_allocator = SymmetricAllocator("managed data area", geometry.heap_offset, geometry.heap_bytes)
         self._report = report
         self._p2p = PointToPoint(self.core)
+        self._exchange = self._own_exchange()
         self._controls: list[int] = fabric.controls.tolist()
         self._barriers = 0
         #: Numbers of the last barrier at which this rank arrived, and of the last that it released; a signal's value.
         self._scratch = np.zeros(3, np.int64)
         self._arrived: int = self._scratch.ctypes.data
         self._seen: int = self._arrived + 16
+
+    def _own_exchange(self) -> Exchange:
+        """The collective part; its blocks are at the same offset in all segments, being allocated first."""
+        core, fabric = self.core, self.core.fabric
+        n_bytes = block_bytes(self.size)
+        offset = self.metadata_allocator.alloc(n_bytes)
+
+        def commit() -> None:
+            # Where arrivals are counted, a rank writes to its own block and to that of rank 0 alone.
+            for peer in {0, self.rank} if counts_arrivals(self.size) else range(self.size):
+                fabric.commit(peer, offset, n_bytes)
+
+        return Exchange(core, self.heap_allocator, fabric.segments + offset, commit)
 
     def __repr__(self) -> str:
         return f"Communicator(rank={self.rank}, size={self.size}, fabric={self.fabric_name!r})"

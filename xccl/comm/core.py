@@ -30,7 +30,7 @@ from ..trace.record import Recorder
 #: A kernel waits at most this long before Python looks at signals, deadlines and the liveness of peers.
 SLICE_NS = 50_000_000
 #: While requests are under way a wait comes back this often to drive them on.
-_PROGRESS_SLICE_NS = 200_000
+PROGRESS_SLICE_NS = 200_000
 #: `reason` of the PeerDied that a wait for a rank ends with whose work was done.
 LEFT = "has finished and left the session"
 #: The longest deadline, about 31 years.
@@ -130,7 +130,7 @@ class Core:
 
     def until_ns(self, deadline_ns: int) -> int:
         """When a kernel is to return to Python, with `deadline_ns` as the end of the whole wait."""
-        slice_ns = SLICE_NS if self.progress is None else _PROGRESS_SLICE_NS
+        slice_ns = SLICE_NS if self.progress is None else PROGRESS_SLICE_NS
         return min(deadline_ns, time.monotonic_ns() + slice_ns)
 
     def finish(
@@ -287,7 +287,7 @@ class Core:
     def _compare(self, call: str, arguments: dict[str, int], seen: np.ndarray) -> None:
         if (seen[:, 0] != seen[0, 0]).any():
             calls = {r: _CALLS[int(c)] if 0 <= c < len(_CALLS) else f"call {c}" for r, c in enumerate(seen[:, 0])}
-            raise UsageError(f"ranks disagree in the collective call they make: {_grouped(calls)}", value=call)
+            raise UsageError(f"ranks disagree in the collective call they make: {grouped(calls)}", value=call)
         refused = np.flatnonzero(seen[:, 1] == _REFUSED).tolist()
         if refused:
             raise UsageError(f"{call}: rank {refused[0]} was given an impossible argument", value=call, peer=refused[0])
@@ -295,7 +295,7 @@ class Core:
             if (seen[:, i] != seen[0, i]).any():
                 by_rank = {r: int(v) for r, v in enumerate(seen[:, i])}
                 raise UsageError(
-                    f"{call}: ranks disagree in {name}: {_grouped(by_rank)}; it must be the same at all ranks",
+                    f"{call}: ranks disagree in {name}: {grouped(by_rank)}; it must be the same at all ranks",
                     argument=name, value=arguments[name], by_rank=by_rank,
                 )  # fmt: skip
 
@@ -319,7 +319,7 @@ class Core:
         self.run(step, describe)
 
 
-def _grouped(by_rank: Mapping[int, object]) -> str:
+def grouped(by_rank: Mapping[int, object]) -> str:
     """`{0: a, 1: a, 2: b}` as "a at ranks 0, 1; b at rank 2"."""
     groups: dict[object, list[int]] = {}
     for rank, value in by_rank.items():

@@ -24,6 +24,33 @@ import numpy.typing as npt
 
 from ..errors import UsageError
 from ..layout.moe import SOURCE_DTYPE
+from .reference_collectives import (
+    allgather as allgather,
+)
+from .reference_collectives import (
+    allreduce as allreduce,
+)
+from .reference_collectives import (
+    alltoall as alltoall,
+)
+from .reference_collectives import (
+    alltoallv as alltoallv,
+)
+from .reference_collectives import (
+    broadcast as broadcast,
+)
+from .reference_collectives import (
+    gather as gather,
+)
+from .reference_collectives import (
+    reduce as reduce,
+)
+from .reference_collectives import (
+    reduce_scatter as reduce_scatter,
+)
+from .reference_collectives import (
+    scatter as scatter,
+)
 
 Array = npt.NDArray[Any]
 Quant = Literal["int8", "none"]

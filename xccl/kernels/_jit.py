@@ -139,7 +139,7 @@ def kernel(signature: str) -> Callable[[Callable[..., Any]], Kernel]:
 
 def device(function: Callable[..., Any]) -> Any:
     """Declare a function that only kernels call; LLVM inlines it where that pays."""
-    return numba.njit(**_OPTIONS)(function)
+    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)
 
 
 def warm() -> None:

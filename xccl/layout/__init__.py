@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .a2e import DIE, PEER
+from .collectives import COLLECTIVE_RECORD, COLLECTIVE_STATE, COMMUNICATOR_BLOCK, INVITATION, PLAN
 from .moe import EXPERT_FIELD, ROUTING, STATE
 from .record import Field, Record
 from .ring import ACK_FIELD, CHANNEL, DATA_FIELD, OPERATION, REFUSAL, SLOT
@@ -18,12 +19,17 @@ ALL_RECORDS: tuple[Record, ...] = (
     REFUSAL,
     SLOT,
     EXPERT_FIELD,
+    COMMUNICATOR_BLOCK,
+    COLLECTIVE_RECORD,
+    INVITATION,
     CHANNEL,
     OPERATION,
     STATE,
     ROUTING,
     PEER,
     DIE,
+    COLLECTIVE_STATE,
+    PLAN,
 )
 
 __all__ = ["ALL_RECORDS", "Field", "Record"]

@@ -1,0 +1,365 @@
+"""Collectives of a communicator. What goes where: `xccl.protocol.collectives`; how: `xccl.kernels.collectives`.
+
+Rules
+- A call is a sequence of steps, numbered through all collectives of a communicator. In step s a rank stages data in
+  half s mod 2 of the staging area in its own segment, and publishes the step: it writes a record to every other rank,
+  or, with many ranks, a record of its own and its arrival at rank 0. When all others have published step s, it reads
+  what they have staged, and is done with the step.
+- A record says which call its rank has made. If the calls of the first step differ, all ranks see it there, none goes
+  on, and all have made one step.
+- Results are reduced in the order of ranks, whoever does it, and in the same arithmetic, so every algorithm gives the
+  same bits.
+
+Theory of operation: nothing is overwritten while it is read. What a rank writes for step s + 2 goes where step s was:
+its half of the staging area, its record in each other rank's block. It writes there after it has seen that all others
+have published step s + 1, and each of them did so after it was done with step s. The results of a window in the
+algorithm of two steps are written for the step that is to come, s + 1, while step s is read; they go where those of
+step s - 1 were, and all others have published step s, so they are done with s - 1. A rank that refuses publishes a step
+without waiting, and waits for the others' before its next one; so no rank is ever two steps ahead of another.
+
+Every rank waits for every other in every step, also in a broadcast or a scatter: that is what makes a mistake in one
+rank's arguments an error everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import CapacityError, UsageError
+from ..protocol.collectives import FLOWS, Kind
+from . import traced_collectives as traced
+from .buffers import address_of, readable, require_int, writable
+from .core import require_timeout
+
+if TYPE_CHECKING:
+    from .core import Core
+    from .exchange import Exchange, Plan
+
+Array = npt.NDArray[Any]
+
+
+class Collectives:
+    """The collectives, as methods of `Communicator`.
+
+    All ranks of the communicator call the same one, with arguments of the same size, dtype, root, operator and
+    algorithm; if they don't, all get a UsageError, and nothing is moved. A rank that is given an impossible argument
+    gets its UsageError at once, and the others one when they call.
+
+    Arguments that all have in common: `out` is where the result goes, a writable C-contiguous array of its dtype and
+    size (a new one if None); `algorithm` is "auto", "mesh" or, for allreduce and broadcast, "two-step"; `timeout_s` is
+    a deadline in seconds (the communicator's if None). After a WaitTimeout no collective of this communicator is
+    possible.
+
+    All raise UsageError, CapacityError (no room for the staging area), WaitTimeout, PeerDied and SessionAborted.
+    """
+
+    core: Core
+    rank: int
+    size: int
+    _exchange: Exchange
+
+    def allgather(
+        self, x: Array, *, out: Array | None = None, algorithm: str = "auto", timeout_s: float | None = None
+    ) -> Array:
+        """The arrays of all ranks, at all ranks.
+
+        Args:
+            x: an array of the same shape and dtype at all ranks.
+            out: see `Collectives`; `x` may be `out[rank]`.
+            algorithm: see `Collectives`.
+            timeout_s: see `Collectives`.
+
+        Returns:
+            [size, *x.shape]: the arrays in the order of ranks.
+        """
+        return self._collect("allgather", x, out, None, None, algorithm, timeout_s)
+
+    def allreduce(
+        self, x: Array, op: str = "sum", *, out: Array | None = None, algorithm: str = "auto",
+        timeout_s: float | None = None,
+    ) -> Array:  # fmt: skip
+        """The arrays of all ranks, reduced element by element, at all ranks.
+
+        Args:
+            x: bfloat16, float16, float32, float64, or integers of 8 to 64 bits; the same shape and dtype at all ranks.
+            op: "sum", "prod", "max" or "min".
+            out: see `Collectives`; it may be `x`.
+            algorithm: see `Collectives`; the bits of the result do not depend on it.
+            timeout_s: see `Collectives`.
+
+        Returns:
+            [*x.shape]: ((x0 op x1) op x2) ..., in the order of ranks. Bfloat16 and float16 are reduced in float32 and
+            rounded once; integers wrap around. If an operand of max or min is NaN, so is the result; a NaN is the
+            positive quiet NaN.
+        """
+        return self._collect("allreduce", x, out, op, None, algorithm, timeout_s)
+
+    def reduce_scatter(
+        self, x: Array, op: str = "sum", *, out: Array | None = None, algorithm: str = "auto",
+        timeout_s: float | None = None,
+    ) -> Array:  # fmt: skip
+        """Part r of the arrays of all ranks, reduced element by element, at rank r.
+
+        Args:
+            x: [size, ...], part by part; dtypes as for `allreduce`.
+            op: "sum", "prod", "max" or "min".
+            out: see `Collectives`.
+            algorithm: see `Collectives`.
+            timeout_s: see `Collectives`.
+
+        Returns:
+            [*x.shape[1:]], reduced as by `allreduce`.
+        """
+        return self._collect("reduce_scatter", x, out, op, None, algorithm, timeout_s)
+
+    def alltoall(
+        self, x: Array, *, out: Array | None = None, algorithm: str = "auto", timeout_s: float | None = None
+    ) -> Array:
+        """Part d of rank s goes to rank d, as its part s.
+
+        Args:
+            x: [size, ...], part by part, the same shape and dtype at all ranks.
+            out: see `Collectives`; not `x`.
+            algorithm: see `Collectives`.
+            timeout_s: see `Collectives`.
+
+        Returns:
+            The shape of x: the parts for this rank in the order of ranks.
+        """
+        return self._collect("alltoall", x, out, None, None, algorithm, timeout_s)
+
+    def broadcast(self, x: Array, root: int, *, algorithm: str = "auto", timeout_s: float | None = None) -> Array:
+        """The array of the root, at all ranks.
+
+        Args:
+            x: at the root what is given; elsewhere a writable, C-contiguous array of the same size and dtype, which is
+                overwritten.
+            root: the rank that gives.
+            algorithm: see `Collectives`.
+            timeout_s: see `Collectives`.
+
+        Returns:
+            x.
+        """
+        return self._collect("broadcast", x, None, None, root, algorithm, timeout_s)
+
+    def gather(
+        self, x: Array, root: int, *, out: Array | None = None, algorithm: str = "auto",
+        timeout_s: float | None = None,
+    ) -> Array | None:  # fmt: skip
+        """The arrays of all ranks, at the root.
+
+        Args:
+            x: an array of the same shape and dtype at all ranks.
+            root: the rank that takes.
+            out: see `Collectives`; of the root only.
+            algorithm: see `Collectives`.
+            timeout_s: see `Collectives`.
+
+        Returns:
+            At the root [size, *x.shape], the arrays in the order of ranks; None elsewhere.
+        """
+        result = self._collect("gather", x, out, None, root, algorithm, timeout_s)
+        return result if self.rank == root else None
+
+    def scatter(
+        self, x: Array | None, root: int, *, out: Array | None = None, algorithm: str = "auto",
+        timeout_s: float | None = None,
+    ) -> Array:  # fmt: skip
+        """Part r of the root's array, at rank r.
+
+        Args:
+            x: at the root [size, ...], part by part; None elsewhere.
+            root: the rank that gives.
+            out: see `Collectives`; all ranks but the root must pass one.
+            algorithm: see `Collectives`.
+            timeout_s: see `Collectives`.
+
+        Returns:
+            At the root the shape of x[0]; elsewhere `out`.
+        """
+        return self._collect("scatter", x, out, None, root, algorithm, timeout_s)
+
+    def _collect(
+        self, kind: Kind, x: Any, out: Any, op: str | None, root: int | None, algorithm: str, timeout_s: float | None
+    ) -> Array:
+        """Any of them: check, run, and hand out the result."""
+        exchange = self._exchange
+        self.core.require_open()
+        result: Array
+        try:
+            x, result, plan = self._checked(kind, x, out, op, root, algorithm)
+            if timeout_s is not None:
+                timeout_s = require_timeout(timeout_s)
+        except (UsageError, CapacityError) as error:
+            exchange.refuse(error)
+        x_address = _address(x)
+        out_address = x_address if result is x else _address(result)
+        with traced.metered(exchange, plan):
+            exchange.run(plan, x_address, out_address, timeout_s)
+        return result
+
+    def alltoallv(
+        self, x: Array, send_counts: npt.ArrayLike, *, out: Array | None = None,
+        recv_counts: npt.ArrayLike | None = None, timeout_s: float | None = None,
+    ) -> tuple[Array, npt.NDArray[np.int64]]:  # fmt: skip
+        """Any number of rows from each rank to each other.
+
+        Args:
+            x: [rows, ...], the rows for rank 0 first, then those for rank 1, and so on; rows of the same shape and
+                dtype at all ranks.
+            send_counts: [size] integers, the rows for each rank; they sum to the rows of x.
+            out: see `Collectives`; with room for at least the rows that come; not `x`.
+            recv_counts: [size] integers, how many rows must come from each rank; not looked at if None.
+            timeout_s: see `Collectives`.
+
+        Returns:
+            The rows that came, in the order of ranks, and int64 [size], how many came from each. With `out`, the rows
+            are the first ones of it.
+
+        Raises:
+            UsageError: also, at this rank alone, if other numbers of rows come than `recv_counts` says, or if `out` has
+                no room for them. Nothing is written then; what this rank gave has reached the others.
+        """
+        exchange = self._exchange
+        self.core.require_open()
+        try:
+            x, plan = self._checked_rows(x, send_counts, out)
+            expected = None if recv_counts is None else _counts(recv_counts, "recv_counts", self.size)
+            if timeout_s is not None:
+                timeout_s = require_timeout(timeout_s)
+        except (UsageError, CapacityError) as error:
+            exchange.refuse(error)
+        with traced.metered(exchange, plan):
+            x_address = address_of(x)
+            exchange.run(plan, x_address, 0, timeout_s)
+            counts = plan.table[2] // max(plan.row_bytes, 1)
+            wrong = self._wrong_rows(counts, expected, out)
+            if wrong is None:
+                rows = int(counts.sum())
+                result = np.empty((rows, *x.shape[1:]), x.dtype) if out is None else out[:rows]
+            else:  # take part, but take nothing
+                plan.table[2] = 0
+                result = x
+            np.cumsum(plan.table[2][:-1], out=plan.table[3][1:])
+            exchange.run(plan, x_address, address_of(result) or x_address or 1, timeout_s)
+        if wrong is not None:
+            raise wrong
+        return result, counts
+
+    def _wrong_rows(self, counts: Array, expected: Array | None, out: Array | None) -> UsageError | None:
+        """Why the rows that come can't be taken."""
+        if expected is not None and (wrong := np.flatnonzero(counts != expected)).size:
+            peer = int(wrong[0])
+            return UsageError(
+                f"alltoallv: rank {peer} sends {counts[peer]} rows to rank {self.rank}, which expects {expected[peer]}",
+                peer=peer, value=int(counts[peer]), bound=int(expected[peer]),
+            )  # fmt: skip
+        rows = int(counts.sum())
+        if out is not None and len(out) < rows:
+            text = f"alltoallv: out has room for {len(out)} rows, {rows} come"
+            return UsageError(text, value=len(out), bound=rows)
+        return None
+
+    def _checked_rows(self, x: Any, send_counts: Any, out: Any) -> tuple[Array, Plan]:
+        """Input and plan of alltoallv, after all checks; what is sent where is in the plan's table."""
+        x = readable(x, "x")
+        if x.ndim == 0:
+            raise UsageError("alltoallv: x must have shape [rows, ...], got a single number", value=())
+        counts = _counts(send_counts, "send_counts", self.size)
+        if counts.sum() != len(x):
+            raise UsageError(
+                f"alltoallv: send_counts sum to {counts.sum()}, x has {len(x)} rows", value=int(counts.sum()),
+                bound=len(x),
+            )  # fmt: skip
+        if out is not None:
+            out = writable(out, "out")
+            if out.dtype != x.dtype or out.ndim != x.ndim or out.shape[1:] != x.shape[1:]:
+                raise UsageError(
+                    f"alltoallv: out must have rows like x, {x.shape[1:]} of {x.dtype}, got {out.shape} of {out.dtype}",
+                    value=(out.shape, str(out.dtype)), bound=x.shape[1:],
+                )  # fmt: skip
+            if np.may_share_memory(x, out):
+                x = x.copy()
+        plan = self._exchange.plan_rows(x.dtype, x.dtype.itemsize * math.prod(x.shape[1:]))
+        np.multiply(counts, plan.row_bytes, out=plan.table[0])
+        np.cumsum(plan.table[0][:-1], out=plan.table[1][1:])
+        return x, plan
+
+    def _checked(
+        self, kind: Kind, x: Any, out: Any, op: str | None, root: int | None, algorithm: str
+    ) -> tuple[Array | None, Any, Plan]:
+        """Input, output and plan of a call, after all checks."""
+        flow, size = FLOWS[kind], self.size
+        if flow.rooted:
+            root = require_int(root, "root", 0, size - 1)
+        gives, takes = not flow.from_root or root == self.rank, not flow.to_root or root == self.rank
+        if kind == "broadcast":
+            x = readable(x, "x") if gives else writable(x, "x")
+            return x, x, self._exchange.plan(kind, x.nbytes, x.dtype, op, root, algorithm)
+        shape: tuple[int, ...] = ()
+        if gives:
+            x = readable(x, "x")
+            shape, n_bytes, dtype = x.shape, x.nbytes, x.dtype
+            if flow.parts:
+                if not shape or shape[0] != size:
+                    raise UsageError(
+                        f"{kind}: x must have shape [{size}, ...], a part for each rank, got {shape}",
+                        value=shape, bound=size,
+                    )  # fmt: skip
+                shape = shape[1:]
+                n_bytes //= size
+        else:
+            if x is not None:
+                raise UsageError(f"{kind}: only the root (rank {root}) gives x; it must be None elsewhere", value=root)
+            if out is None:
+                raise UsageError(f"{kind}: all ranks but the root (rank {root}) must pass out", value=None)
+            out = writable(out, "out")
+            n_bytes, dtype = out.nbytes, out.dtype
+        plan = self._exchange.plan(kind, n_bytes, dtype, op, root, algorithm)
+        if not takes:
+            return x, None, plan
+        if out is None:
+            return x, np.empty((size, *shape) if flow.keeps else shape, dtype), plan
+        out = writable(out, "out")
+        needed_bytes = n_bytes * size if flow.keeps else n_bytes
+        if out.dtype != dtype or out.nbytes != needed_bytes:
+            raise UsageError(
+                f"{kind}: out must hold {needed_bytes // max(dtype.itemsize, 1)} elements of {dtype}, got shape "
+                f"{out.shape} of {out.dtype}",
+                value=(out.shape, str(out.dtype)), bound=needed_bytes,
+            )  # fmt: skip
+        if x is not None and np.may_share_memory(x, out):
+            x = self._apart(kind, x, out, n_bytes)
+        return x, out, plan
+
+    def _apart(self, kind: Kind, x: Array, out: Array, n_bytes: int) -> Array:
+        """The input, or a copy of it where the output would overwrite what is still to be read."""
+        own = out.ctypes.data + (self.rank * n_bytes if FLOWS[kind].keeps and not FLOWS[kind].parts else 0)
+        in_place = x.ctypes.data == own and kind in ("allgather", "allreduce", "gather")
+        return x if in_place else x.copy()
+
+
+def _address(array: Array | None) -> int:
+    return 0 if array is None else address_of(array)
+
+
+def _counts(values: Any, name: str, size: int) -> npt.NDArray[np.int64]:
+    """[size] numbers of rows.
+
+    Raises:
+        UsageError: they are something else.
+    """
+    counts = np.asarray(values)
+    if counts.shape != (size,) or counts.dtype.kind not in "iu":
+        raise UsageError(
+            f"alltoallv: {name} must be {size} integers, got shape {counts.shape} of {counts.dtype}",
+            value=counts.shape, bound=size,
+        )  # fmt: skip
+    if (counts < 0).any():
+        raise UsageError(f"alltoallv: {name} has {counts.min()}, must be 0 or more", value=int(counts.min()), bound=0)
+    return counts.astype(np.int64, copy=False)

@@ -1,0 +1,127 @@
+"""Layouts of collectives: what the ranks of a communicator tell each other in each step, and private state.
+
+Each rank of a communicator has a block in its metadata area; blocks of different ranks may lie at different offsets.
+
+    +-----------------+ 0
+    | words           |  arrivals and releases, of steps and of barriers
+    +-----------------+ HEADERS_OFFSET
+    | headers         |  [2] collective records: what this rank tells all others, in communicators that count arrivals
+    +-----------------+ RECORDS_OFFSET
+    | records         |  [2][ranks] collective records: what each rank tells this one, in those of up to MESH_RANKS
+    +-----------------+ block_bytes(ranks)
+
+The two of each kind are used in turn, by even and odd steps.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from .record import HOT_LINE_BYTES, Record, align_up
+
+#: Up to this many ranks, each writes a record to each other rank in every step; with more, arrivals are counted.
+MESH_RANKS: Final = 32
+
+COLLECTIVE_RECORD = Record(
+    "collective record",
+    "What one rank says in one step of a collective: what it was called with, and where its data is. Small data comes "
+    "with it.",
+)
+CR_STEP = COLLECTIVE_RECORD.add("step", 8, "number of the step, published last (SYNC POINT collective-step)")
+CR_SIGNATURE = COLLECTIVE_RECORD.add(
+    "signature", 8, "kind of call, algorithm, operator, root and element type; the same at all ranks"
+)
+CR_BYTES = COLLECTIVE_RECORD.add("bytes", 8, "size of a part, the same at all ranks; in alltoallv for this receiver")
+CR_LIMIT = COLLECTIVE_RECORD.add("limit", 8, "alltoallv: size of the sender's largest part")
+CR_AT = COLLECTIVE_RECORD.add("at", 8, "where the step's data starts in the sender's segment")
+CR_PAYLOAD = COLLECTIVE_RECORD.add("payload", 216, "data of up to 216 bytes, instead of data at `at`")
+RECORD_BYTES: Final = COLLECTIVE_RECORD.size_bytes
+#: Parts of up to this size travel in the records.
+INLINE_BYTES: Final = RECORD_BYTES - CR_PAYLOAD
+
+COMMUNICATOR_BLOCK = Record("communicator block", "Start of a rank's block of one communicator.")
+CB_ARRIVALS = COMMUNICATOR_BLOCK.add(
+    "arrivals", 8, "arrivals of all ranks at steps, counted at rank 0 (SYNC POINT collective-arrival)"
+)
+CB_RELEASE = COMMUNICATOR_BLOCK.add(
+    "release", 8, "last step at which all have arrived, written by rank 0", align=HOT_LINE_BYTES
+)
+CB_BARRIER_ARRIVALS = COMMUNICATOR_BLOCK.add(
+    "barrier_arrivals", 8, "groups: as in the control area", align=HOT_LINE_BYTES
+)
+CB_BARRIER_RELEASE = COMMUNICATOR_BLOCK.add(
+    "barrier_release", 8, "groups: as in the control area", align=HOT_LINE_BYTES
+)
+COMMUNICATOR_BLOCK.pad_to(HOT_LINE_BYTES)
+
+HEADERS_OFFSET: Final = COMMUNICATOR_BLOCK.size_bytes
+RECORDS_OFFSET: Final = HEADERS_OFFSET + 2 * RECORD_BYTES
+
+
+def block_bytes(ranks: int) -> int:
+    """Size of a rank's block."""
+    return RECORDS_OFFSET + (2 * ranks * RECORD_BYTES if ranks <= MESH_RANKS else 0)
+
+
+INVITATION = Record(
+    "invitation",
+    "What one rank tells another when both make a group; two a pair of ranks, in the receiver's metadata area.",
+)
+IN_NUMBER = INVITATION.add("number", 8, "groups that the two have made, published last (SYNC POINT invitation)")
+IN_DIGEST = INVITATION.add("digest", 8, "of the list of members")
+IN_BLOCK = INVITATION.add("block", 8, "where the sender's communicator block is, or -1 if it has no room for one")
+INVITATION.pad_to(HOT_LINE_BYTES // 2)
+INVITATION_BYTES: Final = INVITATION.size_bytes
+
+COLLECTIVE_STATE = Record("collective state", "Private to a rank: one for each communicator.")
+CS_CONTROL = COLLECTIVE_STATE.add("control", 8, "address of the own control area")
+CS_CONTROLS = COLLECTIVE_STATE.add("controls", 8, "address of [ranks] int64: the control areas of all ranks")
+CS_SEGMENTS = COLLECTIVE_STATE.add("segments", 8, "address of [ranks] int64: the segments of all ranks")
+CS_BLOCKS = COLLECTIVE_STATE.add("blocks", 8, "address of [ranks] int64: the blocks of all ranks")
+CS_ROWS = COLLECTIVE_STATE.add("rows", 8, "address of [ranks] int64: room for addresses of operands")
+CS_TARGET = COLLECTIVE_STATE.add("target", 8, "address to which the operands in `rows` are reduced")
+CS_RANK = COLLECTIVE_STATE.add("rank", 8, "own rank")
+CS_RANKS = COLLECTIVE_STATE.add("ranks", 8, "number of ranks")
+CS_COUNTS = COLLECTIVE_STATE.add("counts", 8, "1 if arrivals are counted, 0 if each rank writes to each")
+CS_STAGE = COLLECTIVE_STATE.add("stage", 8, "offset of the staging area in the own segment")
+CS_STEP = COLLECTIVE_STATE.add("step", 8, "steps published so far")
+CS_PHASE = COLLECTIVE_STATE.add("phase", 8, "idle, about to publish, or awaiting the others")
+CS_PLAN = COLLECTIVE_STATE.add("plan", 8, "address of the plan of the call under way")
+CS_INDEX = COLLECTIVE_STATE.add("index", 8, "step within the call")
+CS_STEPS = COLLECTIVE_STATE.add("steps", 8, "steps of the call")
+CS_CURSOR = COLLECTIVE_STATE.add("cursor", 8, "first rank whose record was not seen yet")
+CS_METER = COLLECTIVE_STATE.add("meter", 8, "address of [kinds][ranks][2] int64: units and bytes moved; 0 for none")
+
+PLAN = Record("collective plan", "Private to a rank: a call with its arguments but for the addresses of data.")
+PL_SIGNATURE = PLAN.add("signature", 8, "for the records")
+PL_BYTES = PLAN.add("bytes", 8, "for the records: size of a part; -1: as in `table`")
+PL_SEND_STRIDE = PLAN.add("send_stride", 8, "between the parts for two ranks in the input; 0: the same part for all")
+PL_RECV_STRIDE = PLAN.add("recv_stride", 8, "between the parts from two ranks in the output")
+PL_SENDER = PLAN.add("sender", 8, "the rank that gives; -1: all do")
+PL_RECEIVER = PLAN.add("receiver", 8, "the rank that takes; -1: all do")
+PL_FOLD = PLAN.add("fold", 8, "what to do with the parts of all ranks: -1 keep them, else dtype code * 4 + operator")
+PL_ITEM_BYTES = PLAN.add("item_bytes", 8, "bytes of an element, for operators")
+PL_TWO_STEP = PLAN.add("two_step", 8, "1: each rank works on a slice for all, and passes it on")
+PL_CHUNK = PLAN.add("chunk_bytes", 8, "bytes of a part (two steps: of all) that go in one step")
+PL_STEPS = PLAN.add("steps", 8, "number of steps; not in alltoallv")
+PL_INLINE = PLAN.add("inline", 8, "1: parts travel in the records")
+PL_HALF = PLAN.add("half", 8, "distance of the two halves of the staging area")
+PL_RESULTS = PLAN.add("results", 8, "two steps: where results start in a half; alltoallv: where sizes do")
+PL_TABLE = PLAN.add("table", 8, "alltoallv: address of [4][ranks] int64: bytes sent, where, bytes received, where")
+
+#: What a meter counts, by kind: records and payloads written to a rank, waits for it, arrivals at it, releases of it;
+#: bytes staged, copied from the own input, pulled from a rank, taken from records that it wrote here, reduced; results
+#: staged, and pulled from a rank.
+METER_KINDS: Final = (
+    "record", "payload", "await", "arrival", "release", "stage", "own", "pull", "unpack", "fold", "result", "gather"
+)  # fmt: skip
+METER_RECORD, METER_PAYLOAD, METER_AWAIT, METER_ARRIVAL, METER_RELEASE, METER_STAGE = range(6)
+METER_OWN, METER_PULL, METER_UNPACK, METER_FOLD, METER_RESULT, METER_GATHER = range(6, 12)
+
+#: Operators, by code.
+OPERATORS: Final = ("sum", "prod", "max", "min")
+
+
+def aligned_part(n_bytes: int) -> int:
+    """Distance of parts in the staging area: parts start at cache lines."""
+    return align_up(n_bytes, 64)

@@ -1,0 +1,356 @@
+"""Collectives: who has parts for whom, how they are cut into steps, and the stages of each.
+
+Rules
+- A call is a number of steps. In each, every rank writes its data to a staging area in its own segment, tells all
+  others so, waits until all others have told it, and then reads what it needs from where the others have staged it. One
+  such step is a full mesh: no rank passes on what it got from another.
+- Parts of at most INLINE_BYTES travel inside of the messages by which ranks tell each other.
+- "mesh": one step, or as many as the staging area makes necessary. What is reduced, is reduced by each rank that wants
+  it, from the data of all ranks where they lie, in the order of ranks.
+- "two-step" (allreduce, broadcast): of each window each rank reduces (or reads from the root) a slice, and passes it
+  on: reduce-scatter and allgather. A step carries the results of the window before and the operands of the next one,
+  so there is one step more than windows.
+- Up to MESH_RANKS ranks, each writes a record to each other in every step. With more, a rank writes a record into its
+  own segment and adds 1 to a count at rank 0, which releases all ranks when all have arrived; they then read the
+  records of all.
+
+Stages. "stage" the own data; "announce" it to all others; "await-records" of all others; "read" what they have staged,
+and reduce it. Where arrivals are counted: "stage", "arrive" at rank 0, "await-arrivals" and "release" (of rank 0),
+"await-release", "read". Those of several steps are taken together.
+
+A ring would move no more bytes, in 2 (ranks - 1) steps that each wait for a neighbour: below about 16 MB one logical
+step is faster on the fabric (STRATA section 8), and sums along a ring start at a different rank for each slice, so
+their bits would differ from those of the mesh.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import UsageError
+from ..layout.collectives import CR_PAYLOAD, INLINE_BYTES, MESH_RANKS, aligned_part
+from .stage import (
+    Description,
+    Ints,
+    Signals,
+    Stage,
+    Transfers,
+    Waits,
+    Work,
+    all_pairs,
+    ints,
+    payload_between,
+    rank_columns,
+)
+
+Kind = Literal[
+    "allgather", "allreduce", "reduce_scatter", "alltoall", "alltoallv", "broadcast", "gather", "scatter", "agreement"
+]
+Algorithm = Literal["mesh", "two-step"]
+ALGORITHMS: Final = ("mesh", "two-step")
+
+#: Each half of the staging area, and so what one step can carry.
+STAGE_BYTES: Final = 1 << 20
+_LINE: Final = 64
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Who has data for whom.
+
+    Attributes:
+        parts: the input has a part for each rank, else one for all.
+        keeps: the output has a part from each rank, else one.
+        from_root: only the root gives.
+        to_root: only the root takes.
+        reduces: the parts of all ranks are reduced to one.
+    """
+
+    parts: bool = False
+    keeps: bool = False
+    from_root: bool = False
+    to_root: bool = False
+    reduces: bool = False
+
+    @property
+    def rooted(self) -> bool:
+        """Does it have a root?"""
+        return self.from_root or self.to_root
+
+
+FLOWS: Final[dict[Kind, Flow]] = {
+    "allgather": Flow(keeps=True),
+    "allreduce": Flow(reduces=True),
+    "reduce_scatter": Flow(parts=True, reduces=True),
+    "alltoall": Flow(parts=True, keeps=True),
+    "alltoallv": Flow(parts=True, keeps=True),
+    "broadcast": Flow(from_root=True),
+    "gather": Flow(keeps=True, to_root=True),
+    "scatter": Flow(parts=True, from_root=True),
+    "agreement": Flow(keeps=True),
+}
+#: Those that have an algorithm of two steps.
+TWO_STEP: Final = frozenset({"allreduce", "broadcast"})
+
+
+def counts_arrivals(ranks: int) -> bool:
+    """Are arrivals counted, rather than written to each rank by each?"""
+    return ranks > MESH_RANKS
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a call is cut into steps.
+
+    Attributes:
+        algorithm: "mesh" or "two-step".
+        inline: parts travel in the records.
+        chunk_bytes: bytes of a part that go in one step; with two steps, of a window.
+        steps: number of steps.
+        results: two-step: where results start in a half of the staging area; alltoallv: where sizes do.
+        half_bytes: bytes that are used of each half.
+    """
+
+    algorithm: Algorithm
+    inline: bool
+    chunk_bytes: int
+    steps: int
+    results: int
+    half_bytes: int
+
+
+def choose(kind: Kind, ranks: int, n_bytes: int) -> Algorithm:
+    """The algorithm for parts of `n_bytes`."""
+    if kind == "allreduce" and ranks > 2:
+        return "two-step" if n_bytes * ranks > 64 << 10 else "mesh"
+    return "mesh"
+
+
+def cut(kind: Kind, ranks: int, n_bytes: int, algorithm: str = "auto", stage_bytes: int = STAGE_BYTES) -> Cut:
+    """Cut a call.
+
+    Args:
+        kind: which collective.
+        ranks: number of ranks.
+        n_bytes: size of a part: what a rank has for one rank, or for all; in alltoallv the largest of all.
+        algorithm: "auto", "mesh", or for allreduce and broadcast "two-step".
+        stage_bytes: bytes of each half of the staging area.
+
+    Raises:
+        UsageError: there is no such algorithm for this collective.
+    """
+    if algorithm == "auto":
+        algorithm = choose(kind, ranks, n_bytes)
+    if algorithm == "two-step" and kind in TWO_STEP:
+        return _cut_in_two(ranks, n_bytes, stage_bytes)
+    if algorithm != "mesh":
+        known = ("auto", *ALGORITHMS) if kind in TWO_STEP else ("auto", "mesh")
+        raise UsageError(
+            f"algorithm of {kind} must be one of {', '.join(known)}, got {algorithm!r}", value=algorithm, bound=known
+        )
+    flow, counts = FLOWS[kind], counts_arrivals(ranks)
+    places = ranks if flow.parts else 1
+    sizes_bytes = aligned_part(8 * ranks) if kind == "alltoallv" else 0
+    chunk_bytes = (stage_bytes - sizes_bytes) // places // _LINE * _LINE
+    if kind != "alltoallv":
+        chunk_bytes = min(chunk_bytes, max(aligned_part(n_bytes), _LINE))
+    # A single record says the same to all ranks.
+    inline = kind != "alltoallv" and n_bytes <= INLINE_BYTES and not (counts and flow.parts)
+    steps = 1 if inline else max(1, -(-n_bytes // chunk_bytes))
+    half_bytes = 0 if inline else places * chunk_bytes + sizes_bytes
+    return Cut("mesh", inline, INLINE_BYTES if inline else chunk_bytes, steps, places * chunk_bytes, half_bytes)
+
+
+def _cut_in_two(ranks: int, n_bytes: int, stage_bytes: int) -> Cut:
+    # A window, and behind it the results of a slice of one.
+    window_bytes = (stage_bytes - _LINE) * ranks // (ranks + 1) // _LINE * _LINE
+    window_bytes = min(window_bytes, max(aligned_part(n_bytes), _LINE))
+    steps = 1 + -(-n_bytes // window_bytes)
+    half_bytes = window_bytes + -(-window_bytes // (_LINE * ranks)) * _LINE
+    return Cut("two-step", False, window_bytes, steps, window_bytes, half_bytes)
+
+
+# -- descriptions -----------------------------------------------------------------------------------------------------
+
+
+def describe(
+    kind: Kind,
+    ranks: int,
+    n_bytes: int,
+    *,
+    item_bytes: int = 1,
+    root: int = 0,
+    algorithm: str = "auto",
+    stage_bytes: int = STAGE_BYTES,
+    lanes: int = 1,
+) -> Description:
+    """The stages of a collective other than alltoallv.
+
+    Args:
+        kind: which collective.
+        ranks: number of ranks.
+        n_bytes: size of a part: what a rank has for one rank, or for all.
+        item_bytes: size of an element.
+        root: the rank that gives (broadcast, scatter) or takes (gather).
+        algorithm: as for `cut`.
+        stage_bytes: bytes of each half of the staging area.
+        lanes: of each rank.
+
+    Raises:
+        UsageError: there is no such algorithm or root.
+    """
+    rank_columns(ranks, root)
+    how = cut(kind, ranks, n_bytes, algorithm, stage_bytes)
+    if how.algorithm == "two-step":
+        return _two_step(kind, ranks, n_bytes, item_bytes, root, how, lanes)
+    flow = FLOWS[kind]
+    sources, destinations = all_pairs(ranks)
+    used = np.ones(len(sources), np.bool_)
+    if flow.from_root:
+        used &= sources == root
+    if flow.to_root:
+        used &= destinations == root
+    sizes = np.where(used, n_bytes, -1)
+    return _mesh(kind, ranks, sizes.reshape(ranks, ranks), item_bytes, how, lanes)
+
+
+def alltoallv(sizes_bytes: npt.ArrayLike, *, stage_bytes: int = STAGE_BYTES, lanes: int = 1) -> Description:
+    """The stages of alltoallv.
+
+    Args:
+        sizes_bytes: [ranks, ranks] bytes from each rank (row) to each other.
+        stage_bytes: bytes of each half of the staging area.
+        lanes: of each rank.
+    """
+    sizes: Ints = np.atleast_2d(np.asarray(sizes_bytes, np.int64))
+    how = cut("alltoallv", len(sizes), int(sizes.max(initial=0)), "mesh", stage_bytes)
+    return _mesh("alltoallv", len(sizes), sizes, 1, how, lanes)
+
+
+def _mesh(kind: Kind, ranks: int, sizes: Ints, item_bytes: int, how: Cut, lanes: int) -> Description:
+    """Steps in which each rank reads what all others have staged. `sizes` [source, destination]; -1: nothing to do."""
+    flow, counts = FLOWS[kind], counts_arrivals(ranks)
+    sources, destinations = all_pairs(ranks)
+    n_bytes = np.maximum(sizes, 0).reshape(-1)
+    pieces = -(-n_bytes // how.chunk_bytes)
+    away = sources != destinations
+    inline = np.full(len(n_bytes), how.inline)
+    if kind == "alltoallv":
+        inline = (n_bytes <= INLINE_BYTES) & (not counts)
+    by_record, staged = inline & away & (pieces > 0), ~inline & away & (pieces > 0)
+    read_mask = staged | (by_record & counts)
+
+    stage = _local(ranks, sources[staged], pieces[staged], n_bytes[staged], "parts", once=not flow.parts)
+    pushed = [_transfers(sources, destinations, pieces, n_bytes, by_record, "source", "payload")]
+    if counts:
+        # A record of one's own carries the part for all.
+        givers = np.unique(sources[by_record] if not flow.to_root else sources)
+        size = ints(n_bytes.max(initial=0) if how.inline else 0)
+        pushed = [Transfers(givers, givers, 0 * givers + (size > 0), 0 * givers + size, "source", "payload")]
+    reads = [_transfers(sources, destinations, pieces, n_bytes, read_mask, "destination", "parts")]
+    if not counts:
+        reads.append(_local(ranks, destinations[by_record], pieces[by_record], n_bytes[by_record], "payload"))
+    work: tuple[Work, ...] = ()
+    if flow.reduces:
+        every = np.arange(ranks, dtype=np.int64)
+        part = int(n_bytes.max(initial=0))
+        work = (_reduction(every, ranks, 0 * every + int(pieces.max(initial=0)), 0 * every + part, item_bytes),)
+    elif kind != "broadcast":
+        own = ~away & (sizes.reshape(-1) >= 0) & (pieces > 0)
+        reads.append(_transfers(sources, destinations, pieces, n_bytes, own, "destination", "own part"))
+    payload = payload_between(ranks, [_transfers(sources, destinations, pieces, n_bytes, away, "source", "parts")])
+    stages = _steps(ranks, how.steps, [stage], pushed, reads, work)
+    return Description(kind, how.algorithm, ranks, stages, lanes, payload)
+
+
+def _two_step(kind: Kind, ranks: int, n_bytes: int, item_bytes: int, root: int, how: Cut, lanes: int) -> Description:
+    """Of each window a slice for each rank, which it makes and passes on."""
+    every = np.arange(ranks, dtype=np.int64)
+    starts = np.arange(0, n_bytes, how.chunk_bytes, dtype=np.int64)
+    windows = np.minimum(how.chunk_bytes, n_bytes - starts)[:, None]
+    slice_bytes = -(-windows // (_LINE * ranks)) * _LINE
+    first = np.minimum(every * slice_bytes, windows)
+    size = np.minimum(slice_bytes, windows - first)
+    rest = windows - first - size
+    made_units, made = (size > 0).sum(axis=0), size.sum(axis=0)
+    staged_units = ((first > 0).astype(np.int64) + (rest > 0)).sum(axis=0)
+    staged = (windows - size).sum(axis=0)
+    rooted = FLOWS[kind].from_root
+    if rooted:
+        only = every == root
+        staged_units, staged = staged_units * only, staged * only
+    stage = Transfers(every, every, staged_units, staged, "source", "parts")
+    sources, destinations = all_pairs(ranks)
+    away = sources != destinations
+    operands = away & (sources == root) if rooted else away
+    passed = away & (destinations != root) if rooted else away
+    kept = every != root if rooted else every >= 0
+    reads = [
+        _transfers(
+            sources, destinations, made_units[destinations], made[destinations], operands, "destination", "parts"
+        ),
+        Transfers(every, every, made_units, made, "destination", "results"),
+        Transfers(every[kept], every[kept], made_units[kept], made[kept], "destination", "own part"),
+        _transfers(sources, destinations, made_units[sources], made[sources], passed, "destination", "results"),
+    ]
+    work = () if rooted else (_reduction(every, ranks, made_units, made, item_bytes),)
+    payload = payload_between(ranks, [reads[0], reads[3]])
+    stages = _steps(ranks, how.steps, [stage], [], reads, work)
+    return Description(kind, how.algorithm, ranks, stages, lanes, payload)
+
+
+def _steps(
+    ranks: int, steps: int, staged: list[Transfers], pushed: list[Transfers], reads: list[Transfers],
+    work: tuple[Work, ...],
+) -> tuple[Stage, ...]:  # fmt: skip
+    """The stages that all have in common, with what is moved in them."""
+    every = np.arange(ranks, dtype=np.int64)
+    pairs = all_pairs(ranks)
+    source, destination = (column[pairs[0] != pairs[1]] for column in pairs)
+    some = np.full_like(source, steps)
+    if not counts_arrivals(ranks):
+        return (
+            Stage("stage", transfers=tuple(staged)),
+            Stage("announce", (), tuple(pushed), signals=(Signals(source, destination, some, CR_PAYLOAD, "record"),)),
+            Stage("await-records", (Waits(destination, source, some, "record"),)),
+            Stage("read", (), tuple(reads), work),
+        )
+    others, zero = every[1:], ints(0)
+    arrivals = Signals(every, 0 * every, 0 * every + steps, 8, "arrival", atomic=True)
+    records = Transfers(source, destination, 0 * source + 1, 0 * source + CR_PAYLOAD, "destination", "record")
+    return (
+        Stage("stage", transfers=tuple(staged)),
+        Stage("arrive", (), tuple(pushed), signals=(arrivals,)),
+        Stage("await-arrivals", (Waits(zero, zero - 1, zero + ranks * steps, "arrival"),)),
+        Stage("release", signals=(Signals(0 * others, others, 0 * others + steps, 8, "release"),)),
+        Stage("await-release", (Waits(others, 0 * others, 0 * others + steps, "release"),)),
+        Stage("read", (), (records, *reads), work),
+    )
+
+
+def _transfers(
+    sources: Ints, destinations: Ints, units: Ints, n_bytes: Ints, used: npt.NDArray[np.bool_],
+    mover: Literal["source", "destination"], what: str,
+) -> Transfers:  # fmt: skip
+    return Transfers(sources[used], destinations[used], units[used], n_bytes[used], mover, what)
+
+
+def _local(ranks: int, rank: Ints, units: Ints, n_bytes: Ints, what: str, *, once: bool = False) -> Transfers:
+    """Copies within ranks: all that are named, or the first of each rank only."""
+    total = np.zeros((2, ranks), np.int64)
+    if once:
+        rank, first = np.unique(rank, return_index=True)
+        units, n_bytes = units[first], n_bytes[first]
+    np.add.at(total[0], rank, units)
+    np.add.at(total[1], rank, n_bytes)
+    every = np.arange(ranks, dtype=np.int64)
+    return Transfers(every, every, total[0], total[1], "source", what)
+
+
+def _reduction(every: Ints, ranks: int, units: Ints, n_bytes: Ints, item_bytes: int) -> Work:
+    """The own operand is read and the result written; the other operands come by transfers."""
+    return Work(every, "reduce", units, 2 * n_bytes, n_bytes // item_bytes * ranks)
