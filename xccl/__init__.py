@@ -44,6 +44,8 @@ from .errors import (
     WaitTimeout,
     XcclError,
 )
+from .protocol import placement
+from .protocol.placement import ExpertMap
 from .runtime import init, launch
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "EventMismatch",
     "ExpertBatch",
     "ExpertLoop",
+    "ExpertMap",
     "ExpertParallel",
     "FabricError",
     "ModelError",
@@ -70,5 +73,6 @@ __all__ = [
     "__version__",
     "init",
     "launch",
+    "placement",
     "reference",
 ]
