@@ -15,6 +15,7 @@ from xccl.cli.main import main
 from xccl.cli.options import BenchOptions, Case
 from xccl.cli.projector import require_same
 from xccl.cli.results import Measurement
+from xccl.comm import reference
 from xccl.errors import ModelError
 
 MOE = ["--ranks", "4", "--tokens", "6", "--hidden", "96", "--experts", "8", "--topk", "3", "--routing", "zipf"]
@@ -55,7 +56,11 @@ def test_the_same_work_on_more_ranks(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "projected" in out
     assert "cm384@32" in out
     rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert "with 32 experts (8 are no multiple of 32 ranks)" in out
     assert [row["projected_ranks"] for row in rows] == ["32"] * 3
+    for row in rows:
+        assert float(row["projected_low_us"]) < float(row["projected_time_us"]) < float(row["projected_high_us"])
+        assert row["projected_bottleneck"]
     times = [float(row["projected_time_us"]) for row in rows]
     assert times[2] == pytest.approx(times[0] + times[1])
 
@@ -67,8 +72,39 @@ def test_without_project_there_is_no_such_column(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("target", ["cm385", "cm384@0", "cm384@769", "@8"])
 def test_impossible_targets(target: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "barrier", "--ranks", "2", "-n", "1", "--project", target]) in (1, 2)
+    assert main(["bench", "barrier", "--ranks", "2", "-n", "1", "--project", target]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"--project {target}" in err
+
+
+@pytest.mark.parametrize("words", [["--project", "cm384@32"], ["--project", "cm384", "--domains", "2"]], ids=" ".join)
+def test_what_has_no_description_is_found_before_it_runs(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("xccl.runtime.launch", lambda *_, **__: pytest.fail("it ran"))
+    assert main(["bench", "a2e", *APART, *words]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_projection_that_fails_loses_no_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What ran otherwise than described is an error, after what was measured is shown and written."""
+
+    def of_one_more_byte(options: BenchOptions, case: Case, *more: Any) -> Any:
+        return describe_step(options, Case(size_bytes=(case.size_bytes or 0) + 1), *more)
+
+    monkeypatch.setattr("xccl.cli.projector.describe_step", of_one_more_byte)
+    path = tmp_path / "rows.json"
+    words = ["put", "-b", "8", "-e", "8", "-n", "2", "--project", "cm384", "--json", str(path)]
+    assert main(["bench", *words]) == 1
+    out, err = capsys.readouterr()
+    assert "put at rank 0 did not run as it is described" in err
+    assert err.count("\n") == 1
+    (row,) = json.loads(path.read_text())["results"]
+    assert (row["wrong"], row["projected"]) == (0, None)
+    assert out.splitlines()[-1].split()[:3] == ["put", "2", "8"]
 
 
 def test_what_ran_otherwise_is_not_projected() -> None:
@@ -115,10 +151,88 @@ def test_stages_are_the_same_in_both(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert {"write", "announce", "await-fields", "pull", "release"} <= names[0] & names[1]
 
 
+def test_a_run_and_its_model_in_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.json"
+    events = traced(path, "dispatch", *MOE, "--model", "cm384@16", "--both")
+    assert {event["pid"] for event in events if event["cat"] == "emulated"} == set(range(4))
+    assert len({event["pid"] for event in events if event["cat"] == "projected"}) == 16
+    names = [e["args"]["name"] for e in json.loads(path.read_text())["traceEvents"] if e["name"] == "process_name"]
+    assert sum(name.endswith("(projected)") for name in names) == 16
+    assert len(names) == 4 + 16
+    out = capsys.readouterr().out
+    assert "emulated times, measured here" in out
+    assert "projected times on cm384@16" in out
+    assert "nothing ran" not in out
+
+
+def test_several_iterations_and_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    events = traced(tmp_path / "t.json", "put", "-b", "8", "-e", "512", "-f", "64", "-n", "3")
+    stages = [event for event in events if "transfer data" in event["args"]]
+    assert sorted(event["args"]["transfer data"]["bytes"] for event in stages) == [8] * 6 + [512] * 6
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    assert [(*row[:4], row[-2], row[-1]) for row in rows] == [
+        ("put", "8", "B", "put", "1", "8"),
+        ("put", "512", "B", "put", "1", "512"),
+    ]
+
+
+def test_a_round_trip_is_traced_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not once more for each of the rows that its halves have in a benchmark."""
+    events = traced(tmp_path / "t.json", "moe", *MOE)
+    for name in ("dispatch", "combine"):
+        assert len([event for event in events if event["name"].split()[0] == name]) == 4
+    stages = [line.split()[3] for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    assert stages == ["await-pulled", "write", "announce", "await-fields", "pull", "release"] * 2
+
+
+def test_a_run_that_went_wrong_is_status_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = reference.weighted_sum
+    monkeypatch.setattr(reference, "weighted_sum", lambda *args: original(*args) + 1)
+    path = tmp_path / "t.json"
+    words = ["combine", *MOE, "--fabric", "local", "-o", str(path)]
+    assert main(["trace", *words]) == 1
+    assert f"{4 * 6 * 96} wrong elements" in capsys.readouterr().out
+    assert path.exists()
+    assert main(["trace", *words, "--no-check"]) == 0
+
+
 @pytest.mark.parametrize(
-    "words", [["moe", "--json", "x"], ["moe", "-n", "3"], ["nothing"], [], ["put", "-o", "/no/such/folder/t.json"]]
+    ("words", "message"),
+    [
+        (["moe", "--json", "x"], "unrecognized arguments: --json"),
+        (["put", "--back-to-back"], "unrecognized arguments: --back-to-back"),
+        (["nothing"], "unknown operation 'nothing'"),
+        ([], "no operation given"),
+        (["put", "-o", "/no/such/folder/t.json"], "cannot write /no/such/folder/t.json"),
+        (["put", "--both"], "--both needs --model"),
+        (["put", "--model", "cm384@769"], "--model cm384@769: cm384 has 768 dies"),
+        (["put", "--model", "abacus"], "there is no machine 'abacus'"),
+        (["put", "--model", "--iters", "3"], "--iters is for a run"),
+        (["put", "--model", "--no-check"], "--no-check is for a run"),
+        (["put", "--model", "--timeout", "3"], "--timeout is for a run"),
+        (["put", "--tokens", "3"], "--tokens means nothing to put"),
+        (["put", "--lanes", "3"], "--lanes means nothing to put"),
+        (["moe", "--max-bytes", "8"], "--max-bytes means nothing to moe"),
+        (["moe", "--attention", "1"], "--attention means nothing to moe"),
+        (["barrier", "--dtype", "fp16"], "--dtype means nothing to barrier"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_are_one_line(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line_and_found_before_it_runs(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("xccl.runtime.launch", lambda *_, **__: pytest.fail("it ran"))
     output = [] if "-o" in words else ["-o", str(tmp_path / "t.json")]
-    assert main(["trace", *words, *output, "--ranks", "2"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    try:
+        status: Any = main(["trace", *words, *output, "--ranks", "2"])
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err

@@ -86,6 +86,27 @@ def test_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     assert few["projected"]["time_us"] < many["projected"]["time_us"]
 
 
+def test_stragglers_of_a_round_trip_are_late_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """A rank combines as soon as it has dispatched: what it was late by is not in both halves."""
+    (even,) = projected(capsys, "moe", "--ep", "8", "--tokens", "64")
+    (late,) = projected(capsys, "moe", "--ep", "8", "--tokens", "64", "--skew-us", "100")
+    last_us = late["last_start_us"]
+    assert last_us > 50
+    assert last_us < late["projected"]["time_us"] < even["projected"]["time_us"] + 1.1 * last_us
+    assert late["projected"]["rank_us"]["max"] <= late["projected"]["time_us"]
+
+
+def test_the_distribution_of_stragglers(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("dispatch", "--ep", "8", "--tokens", "8", "--skew-us", "20")
+    default, exponential, normal = (
+        projected(capsys, *words, *more)[0] for more in ([], ["--skew", "exponential"], ["--skew", "normal"])
+    )
+    assert default == exponential
+    assert normal["skew"] == "normal"
+    assert normal["last_start_us"] != default["last_start_us"]
+    assert normal["projected"]["time_us"] > normal["last_start_us"]
+
+
 def test_placement(capsys: pytest.CaptureFixture[str]) -> None:
     packed, spread = (
         projected(capsys, "combine", "--ep", "8", "--placement", where)[0] for where in ("packed", "by-node")
@@ -100,6 +121,26 @@ def test_sensitivities_name_what_matters(capsys: pytest.CaptureFixture[str]) -> 
     assert by_name["latency.fabric_us"] > 0
     strengths = [abs(item["elasticity"]) for item in row["sensitivities"]]
     assert strengths == sorted(strengths, reverse=True)
+
+
+def test_sensitivities_of_a_round_trip_are_those_of_the_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each figure once, and what it is worth to the two halves, by their times."""
+    rows = [projected(capsys, op, "--ep", "16", "--sensitivity")[0] for op in ("dispatch", "combine", "moe")]
+    dispatch, combine, moe = ({item["parameter"]: item["elasticity"] for item in row["sensitivities"]} for row in rows)
+    assert len(moe) == len(rows[2]["sensitivities"])
+    times = [row["projected"]["time_us"] for row in rows]
+    for name, elasticity in moe.items():
+        halves = dispatch.get(name, 0.0) * times[0] + combine.get(name, 0.0) * times[1]
+        assert elasticity == pytest.approx(halves / times[2], abs=0.02)
+
+
+def test_what_takes_no_time(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["put", "--bytes", "0", "--stages", "--sensitivity"]
+    for name in ("kernel.launch_us", "lane.startup_us", "latency.fabric_us"):
+        words += ["--set", f"{name}=0"]
+    assert projected(capsys, *words)[0]["projected"]["time_us"] == 0
+    assert main(["project", *words]) == 0
+    assert "0.0" in capsys.readouterr().out
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +162,22 @@ def test_a_picture(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "dispatch send" in path.read_text()
 
 
+def test_the_same_picture_is_the_same_file(tmp_path: Path) -> None:
+    """And projections of the same name have a bar each."""
+    paths = [tmp_path / name for name in ("one.svg", "two.svg", "single.svg")]
+    for path, sizes in zip(paths, ("1K,1K", "1K,1K", "1K"), strict=True):
+        assert main(["project", "put", "--bytes", sizes, "--plot", str(path)]) == 0
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert [path.read_text().count(">1024 B<") for path in paths[1:]] == [2, 1]
+
+
+def test_a_picture_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    assert main(["project", "put", "--plot", str(folder)]) == 2
+    assert capsys.readouterr() == ("", f"xccl project: error: cannot write {folder}\n")
+
+
 def test_without_matplotlib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,29 +187,52 @@ def test_without_matplotlib(
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "message"),
     [
-        ["--set", "no.such=1"],
-        ["--set", "link.bandwidth_gbps"],
-        ["--ep", "0"],
-        ["--ep", "1000"],
-        ["--experts", "12"],
-        ["--routing", "nowhere"],
-        ["--machine", "abacus"],
-        ["--plot", "x.gif"],
-        ["--plot", "/no/such/folder/x.png"],
-        ["--json", "/no/such/folder/x.json"],
+        ("dispatch --set no.such=1", "has no parameter no.such"),
+        ("dispatch --set link.bandwidth_gbps", "must be NAME=NUMBER"),
+        ("dispatch --set link.bandwidth_gbps=0", "link.bandwidth_gbps is 0, must be from"),
+        ("dispatch --ep 0", "0 must be at least 1"),
+        ("dispatch --ep 1000", "1000 ranks need as many dies"),
+        ("dispatch --ep 1000000000", "1000000000 ranks need as many dies"),
+        ("barrier --ep 769", "769 ranks need as many dies"),
+        ("a2e --attention 700", "988 ranks need as many dies"),
+        ("dispatch --experts 12", "12 experts are not a multiple of 8 ranks"),
+        ("dispatch --experts 12 --routing zipf", "--experts is 12: not a multiple of 8 ranks"),
+        ("dispatch --routing nowhere", "unknown routing 'nowhere'"),
+        ("dispatch --routing zipf --tokens 9999999", "too many choices to draw"),
+        ("dispatch --tokens 99999999999999999999", "must be from 0 to"),
+        ("dispatch --machine abacus", "there is no machine 'abacus'"),
+        ("dispatch --plot x.gif", "must end in .png or .svg"),
+        ("dispatch --plot /no/such/folder/x.png", "cannot write /no/such/folder/x.png"),
+        ("dispatch --json /no/such/folder/x.json", "cannot write /no/such/folder/x.json"),
+        ("dispatch --skew normal", "--skew needs --skew-us"),
+        ("dispatch --skew-us 0", "must be a number of microseconds above 0"),
+        ("dispatch --skew-us soon", "must be a number of microseconds above 0"),
+        ("dispatch --bytes 4M", "--bytes means nothing to dispatch"),
+        ("a2e --ep 8", "--ep means nothing to a2e"),
+        ("put --lanes 2,4", "--lanes means nothing to put"),
+        ("put --routing zipf", "--routing means nothing to put"),
+        ("barrier --tokens 1", "--tokens means nothing to barrier"),
+        ("put --bytes 99999999T", "99999999T must be at most 1024T"),
+        ("sendrecv --lanes 0", "0 must be from 1 to 48"),
+        ("sendrecv --lanes 2,49", "49 must be from 1 to 48"),
+        ("gather", "invalid choice: 'gather'"),
     ],
-    ids=" ".join,
-)
-def test_mistakes_are_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["project", "dispatch", *words]) in (1, 2)
-    assert capsys.readouterr().err.count("\n") == 1
+)  # fmt: skip
+def test_mistakes_are_one_line_and_status_2(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status: Any = main(["project", *words.split()])
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
 
 
 @pytest.mark.parametrize(
     "words", [["--attention", "4", "--experts", "4"], ["--trampolines", "300"], ["--shared", "288"]]
 )
 def test_deployments_that_cannot_be(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["project", "a2e", *words]) == 1
+    assert main(["project", "a2e", *words]) == 2
     assert capsys.readouterr().err.count("\n") == 1

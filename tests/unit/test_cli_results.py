@@ -94,6 +94,27 @@ def test_collector_waits_for_all_ranks() -> None:
     assert collector.wrong == 2
 
 
+def test_rows_are_projected_when_the_run_is_over() -> None:
+    """The model must not take time from ranks that are being measured."""
+    seen: list[str] = []
+
+    def project(measurements: Any) -> dict[str, Any]:
+        seen.append(measurements[0].op)
+        return {"time_us": float(len(measurements))}
+
+    shown: list[Row] = []
+    collector = Collector(MOE, shown.append)
+    for of_row in moe_measurements():
+        for rank, measurement in enumerate(of_row):
+            collector.on_report(rank, measurement)
+    assert seen == []
+    assert [row.projected for row in shown] == [None] * 3
+    collector.project(project)
+    assert seen == ["dispatch", "combine", "moe"]
+    assert [row.projected for row in collector.rows] == [{"time_us": 2.0}] * 3
+    assert [row.time_us for row in collector.rows] == [row.time_us for row in shown]
+
+
 def test_json_has_the_schema(moe_rows: list[Row], put_row: Row) -> None:
     text = report.to_json([*moe_rows, put_row], ["xccl", "bench", "moe"], "1.2")
     document = json.loads(text)

@@ -9,7 +9,7 @@ from typing import Final
 from xccl._version import __version__
 from xccl.cli import report
 from xccl.cli.options import BenchOptions, add_bench_options, bench_options
-from xccl.errors import UsageError
+from xccl.errors import ModelError, UsageError
 
 #: The waits inside have deadlines of their own; this only ends a run that nobody waits for any more.
 _RUN_TIMEOUT_S: Final = 24 * 3600.0
@@ -50,19 +50,21 @@ def _run(args: argparse.Namespace, options: BenchOptions, *, rows_expected: int,
     from xccl.cli.screen import make_screen, progress_bar
     from xccl.runtime import launch
 
-    project = None
+    projector = None
     if options.project is not None:
         from xccl.cli.projector import Projector
 
-        project = Projector(options, options.project).of
-    screen = make_screen(options, __version__, moe=moe, quiet="-" in (args.json, args.csv))
+        projector = Projector(options, options.project)
+    title = None if projector is None else projector.title
+    screen = make_screen(options, __version__, moe=moe, quiet="-" in (args.json, args.csv), projected=title)
     with progress_bar(rows_expected, f"{options.op} on {options.ranks} ranks") as bar:
 
         def on_row(row: Row) -> None:
             bar.advance(row)
-            screen.row(row)
+            if projector is None:
+                screen.row(row)
 
-        collector = Collector(options, on_row, project)
+        collector = Collector(options, on_row)
         launch(
             run_rank,
             options.ranks,
@@ -72,9 +74,19 @@ def _run(args: argparse.Namespace, options: BenchOptions, *, rows_expected: int,
             op_timeout_s=options.timeout_s,
             on_report=collector.on_report,
         )
+    failed = None
+    if projector is not None:
+        try:
+            collector.project(projector.of)
+        except ModelError as error:  # what was measured is not lost
+            failed = error
+        for row in collector.rows:
+            screen.row(row)
     screen.finish(collector.rows)
     _write(args.json, report.to_json(collector.rows, args.command, __version__))
     _write(args.csv, report.to_csv(collector.rows))
+    if failed is not None:
+        raise failed
     return 1 if collector.wrong else 0
 
 

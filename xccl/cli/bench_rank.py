@@ -31,16 +31,19 @@ def run_rank(comm: Communicator, options: BenchOptions) -> None:
             times_ns = _timed(comm, part.step, options.iterations(case), options.back_to_back)
             comm.barrier()
             wrong = part.check() if options.check else None
-            traced = _traced(comm, part.step) if options.traced else None
+            traced = _traced(comm, part.step, options.traced) if options.traced else None
             comm.report(Measurement(part.op, case, times_ns, part.payload_bytes, part.rows_received, wrong, traced))
 
 
-def _traced(comm: Communicator, step: Callable[[], object]) -> list[TracedOperation]:
-    """The operations of one iteration."""
-    comm.barrier()
-    with comm.trace() as recorder:
-        step()
-    return recorder.operations
+def _traced(comm: Communicator, step: Callable[[], object], iters: int) -> list[TracedOperation]:
+    """The operations of so many iterations, without the barriers between them."""
+    found: list[TracedOperation] = []
+    for _ in range(iters):
+        comm.barrier()
+        with comm.trace() as recorder:
+            step()
+        found += recorder.operations
+    return found
 
 
 def _timed(comm: Communicator, step: Callable[[], object], iters: int, back_to_back: bool) -> npt.NDArray[Any]:

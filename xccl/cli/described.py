@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from xccl.cli.deployment import Deployment
 from xccl.cli.options import BenchOptions, Case
 from xccl.comm import reference
 from xccl.errors import UsageError
 from xccl.layout.dtypes import CODE_BY_NAME, DTYPE_OF
+from xccl.model.project import whole_experts
 from xccl.protocol import a2e, moe, onesided, p2p
 from xccl.protocol.counts import RoutingCounts
 from xccl.protocol.routing import make_routing
@@ -41,7 +43,7 @@ def describe_step(
     if options.deployment is not None:
         return [_apart(options, case.tokens, op, ranks)]
     item_bytes = DTYPE_OF[CODE_BY_NAME[options.dtype]].itemsize
-    experts = -(-options.experts // ranks) * ranks
+    experts = whole_experts(options.experts, ranks)
     choices = [_choices(options, case.tokens, rank, ranks, experts) for rank in range(ranks)]
     routing = RoutingCounts.from_topk(choices, experts)
     make: dict[str, Callable[[], Description]] = {
@@ -49,6 +51,27 @@ def describe_step(
         "combine": lambda: moe.combine(routing, hidden=options.hidden, item_bytes=item_bytes),
     }
     return [make[name]() for name in (("dispatch", "combine") if op == "moe" else (op,))]
+
+
+def require_described(options: BenchOptions, ranks: int) -> None:
+    """Found out before anything runs.
+
+    Raises:
+        UsageError: the work has no description on so many ranks.
+    """
+    deployment = options.deployment
+    if deployment is None:
+        return
+    if deployment.domains > 1 or deployment.microbatches > 1:
+        raise UsageError(
+            f"the model knows one microbatch of one domain: --domains is {deployment.domains}, "
+            f"--microbatches {deployment.microbatches}", value=(deployment.domains, deployment.microbatches), bound=1,
+        )  # fmt: skip
+    if ranks != options.ranks:
+        raise UsageError(
+            f"{options.op} is projected on the {options.ranks} ranks that run it, not on {ranks}; "
+            "xccl project takes other numbers", value=ranks, bound=options.ranks,
+        )  # fmt: skip
 
 
 def _between_neighbours(op: str, n_bytes: int, ranks: int, lanes: int) -> list[Description]:
@@ -64,9 +87,8 @@ def _between_neighbours(op: str, n_bytes: int, ranks: int, lanes: int) -> list[D
 
 
 def _apart(options: BenchOptions, tokens: int, op: str, ranks: int) -> Description:
-    deployment = options.deployment
-    if deployment is None or deployment.domains > 1 or deployment.microbatches > 1 or ranks != options.ranks:
-        raise UsageError("the model knows one microbatch of one domain on the ranks that run it: no --domains, @EP")
+    require_described(options, ranks)
+    deployment = options.deployment or Deployment()
     attention, dies = deployment.attention, options.ranks - deployment.attention
     routed, shared = options.experts - deployment.shared, deployment.shared
     choices = [

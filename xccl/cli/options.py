@@ -30,6 +30,7 @@ _WARMUP_MANY_RANKS: Final = 1
 #: Without --max-bytes, messages of all ranks take at most so much.
 _MESSAGES_BYTES: Final = 1 << 30
 _MAX_LANES: Final = 48  # AIV cores of a die
+_ITERS_HELP: Final = "timed iterations (default: 100; MoE, above 64K: 20; from 100 ranks on: 3)"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class BenchOptions:
     timeout_s: float = 30.0
     back_to_back: bool = False
     project: str | None = None
-    traced: bool = False
+    traced: int = 0
     deployment: Deployment | None = None
     algorithm: str = "auto"
     reduction: str = "sum"
@@ -98,24 +99,29 @@ class BenchOptions:
 
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the options; their defaults are those of `BenchOptions`."""
+    """Declare the options of a benchmark; their defaults are those of `BenchOptions`."""
+    parser.add_argument("--list", action="store_true", help="list the operations and exit")
+    add_work_options(parser)
+    parser.add_argument("--back-to-back", action="store_true", help="no barrier between iterations; report their mean")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", metavar="FILE", help="write results; - prints them instead of the table")
+    output.add_argument("--csv", metavar="FILE", help="write results")
+    output.add_argument(
+        "--project", metavar="MACHINE[@RANKS]", help="add what the model says of the same work: cm384, cm384@320"
+    )
+
+
+def add_work_options(parser: argparse.ArgumentParser, iters_help: str = _ITERS_HELP) -> None:
+    """Declare the options that say what runs, and on what."""
     default = BenchOptions(op="", ranks=0)
     natural, positive = whole_number(0), whole_number(1)
-    parser.add_argument("op", nargs="?", metavar="OP", help="the operation; see --list")
-    parser.add_argument("--list", action="store_true", help="list the operations and exit")
+    parser.add_argument("op", nargs="?", metavar="OP", help="the operation; see xccl bench --list")
 
     run = parser.add_argument_group("run").add_argument
     run("--ranks", type=positive, metavar="N", help="emulated dies (default: 2 between neighbours, else 8)")
     run("--fabric", choices=("shm", "local"), default=default.fabric, help="ranks are processes (default) or threads")
-    run(
-        "-n",
-        "--iters",
-        type=positive,
-        metavar="N",
-        help="timed iterations (default: 100; MoE, above 64K: 20; from 100 ranks on: 3)",
-    )
+    run("-n", "--iters", type=positive, metavar="N", help=iters_help)
     run("-w", "--warmup", type=natural, metavar="N", help="iterations before (default: 5; from 100 ranks on: 1)")
-    run("--back-to-back", action="store_true", help="no barrier between iterations; report the mean of the loop")
     run("--no-check", dest="check", action="store_false", help="do not compare results with the oracle")
     run("--seed", type=natural, metavar="N", default=default.seed, help="of data and routing (default: 0)")
     run("--timeout", dest="timeout_s", type=parse_seconds, metavar="S", default=default.timeout_s,
@@ -145,13 +151,6 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     moe("--routing", metavar="SPEC", default=default.routing, help="uniform, zipf[:S], hot[:K], skew or file:PATH")
 
     add_deployment_options(parser)
-
-    output = parser.add_argument_group("output")
-    output.add_argument("--json", metavar="FILE", help="write results; - prints them instead of the table")
-    output.add_argument("--csv", metavar="FILE", help="write results")
-    output.add_argument(
-        "--project", metavar="MACHINE[@RANKS]", help="add what the model says of the same work: cm384, cm384@320"
-    )
 
 
 class Needs(Protocol):
@@ -185,7 +184,7 @@ def bench_options(args: argparse.Namespace, benchmark: Needs) -> BenchOptions:
     ranks = args.ranks or (default_ranks if deployment is None else deployment.attention_dies + experts)
     if deployment is not None and args.ranks and not args.experts:
         experts = max(ranks - deployment.attention_dies, 1)
-    values |= {"ranks": ranks, "experts": experts, "traced": args.project is not None}
+    values |= {"ranks": ranks, "experts": experts, "traced": int(args.project is not None)}
     if args.warmup is None:
         values["warmup"] = BenchOptions.warmup if ranks < _MANY_RANKS else _WARMUP_MANY_RANKS
     if args.max_bytes is None:
@@ -199,7 +198,7 @@ def bench_options(args: argparse.Namespace, benchmark: Needs) -> BenchOptions:
         _check_experts(options)
     for path in (args.json, args.csv):
         if path and path != "-":
-            _check_writable(path)
+            check_writable(path)
     return options
 
 
@@ -225,8 +224,8 @@ def _check_experts(options: BenchOptions) -> None:
     )
 
 
-def _check_writable(path: str) -> None:
-    """Found out now, rather than when the results of an hour are lost."""
+def check_writable(path: str) -> None:
+    """Found out now, rather than when the results of an hour are lost; UsageError if not."""
     folder = Path(path).absolute().parent
     target = path if Path(path).exists() else folder
     if Path(path).is_dir() or not os.access(target, os.W_OK):

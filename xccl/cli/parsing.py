@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, NoReturn
+
+from xccl.errors import UsageError
 
 _SIZE: Final = re.compile(r"(\d+)\s*([KMGT]?)(?:I?B)?", re.IGNORECASE)
 _EXPONENT_OF: Final = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -45,10 +47,19 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def int_list(low: int, high: int | None = None) -> Callable[[str], tuple[int, ...]]:
+    """A parser of integers from `low` to `high`, separated by commas."""
+    parse_one = whole_number(low, high)
+
+    def parse(text: str) -> tuple[int, ...]:
+        return tuple(parse_one(part) for part in text.split(","))
+
+    return parse
+
+
 def parse_int_list(text: str) -> tuple[int, ...]:
     """Natural numbers, separated by commas."""
-    parse = whole_number(0)
-    return tuple(parse(part) for part in text.split(","))
+    return int_list(0)(text)
 
 
 def parse_seconds(text: str) -> float:
@@ -60,3 +71,26 @@ def parse_seconds(text: str) -> float:
     if not (value > 0 and math.isfinite(value)):
         raise argparse.ArgumentTypeError(f"{text} must be a number of seconds above 0")
     return value
+
+
+#: Options that are not named like what they set.
+_OPTION_OF: Final = {"check": "--no-check", "timeout_s": "--timeout"}
+
+
+def refuse_given(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """Refuse options that would change nothing, rather than let somebody believe that they did.
+
+    Args:
+        parser: which has the defaults.
+        args: what was parsed.
+        names: attributes of `args` that must have been left alone.
+        why: goes on after the option's name.
+
+    Raises:
+        UsageError: one of them has another value than its default.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value != parser.get_default(name):
+            option = _OPTION_OF.get(name, "--" + name.replace("_", "-"))
+            raise UsageError(f"{option} {why}", value=value)

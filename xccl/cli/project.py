@@ -4,57 +4,77 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from xccl._version import __version__
-from xccl.cli.parsing import parse_bytes, parse_int_list, parse_seconds, whole_number
-from xccl.errors import UsageError
+from xccl.cli.options import check_writable
+from xccl.cli.parsing import int_list, parse_bytes, refuse_given, whole_number
+from xccl.errors import ModelError, UsageError
+from xccl.layout.ring import MAX_LANES
+from xccl.model.skew import DISTRIBUTIONS
 
 if TYPE_CHECKING:
     from xccl.model.machine import Machine
     from xccl.model.project import Projection
-    from xccl.protocol.counts import RoutingCounts
     from xccl.protocol.stage import Description
 
-_EXPERT_OPERATIONS: Final = ("dispatch", "combine", "moe")
-_APART: Final = ("a2e", "e2a")
-_OPERATIONS: Final = (*_EXPERT_OPERATIONS, *_APART, "sendrecv", "put", "get", "barrier")
+_MOE: Final = ("tokens", "hidden", "topk", "experts", "quant", "routing")
+#: By operation: the options that say what it is. All others are for every operation.
+_OPTIONS_OF: Final[dict[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("dispatch", "combine", "moe"), ("ep", "protocol", *_MOE)),
+    **dict.fromkeys(("a2e", "e2a"), ("attention", "shared", "trampolines", *_MOE)),
+    "sendrecv": ("bytes", "lanes", "engine"),
+    **dict.fromkeys(("put", "get"), ("bytes", "engine")),
+    "barrier": ("ep",),
+}
 _SCHEMA: Final = 1
-_EVEN: Final = "even"
+#: A routing of no imbalance, which nobody draws.
+EVEN: Final = "even"
 _SHOWN_SENSITIVITIES: Final = 8
-
-#: What a projection is of, for the table and the JSON, and what happens in it, one after the other.
-Work = tuple[dict[str, Any], list["Description"]]
+#: Far beyond what a die holds; what comes of larger numbers would no longer fit into 64 bits.
+_MOST_BYTES: Final = 1 << 50
+_MOST_TOKENS: Final = 10**7
+_MOST_SKEW_US: Final = 1e9
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
     """Declare the options of this command."""
     positive = whole_number(1)
     parser.description = "Project an operation onto a machine: modelled times, calibrated on published figures."
-    parser.add_argument("op", metavar="OP", choices=_OPERATIONS, help=", ".join(_OPERATIONS))
+    parser.add_argument("op", metavar="OP", choices=tuple(_OPTIONS_OF), help=", ".join(_OPTIONS_OF))
     machine = parser.add_argument_group("machine").add_argument
     machine("--machine", default="cm384", help="profile, or path of one (default: cm384)")
     machine("--set", action="append", default=[], metavar="NAME=VALUE", help="another figure of the machine")
     machine("--placement", choices=("packed", "by-node"), default="packed", help="of ranks on dies (default: packed)")
-    machine("--skew-us", type=parse_seconds, metavar="US",
-            help="stragglers: ranks start late by an exponential distribution of this mean")  # fmt: skip
+    machine("--skew-us", type=_microseconds, metavar="US",
+            help="stragglers: mean of an exponential, deviation of a normal distribution of starts")  # fmt: skip
+    machine("--skew", choices=DISTRIBUTIONS, default=DISTRIBUTIONS[0], help="distribution (default: exponential)")
     machine("--seed", type=whole_number(0), default=0, metavar="N", help="of skew and routing (default: 0)")
 
     experts = parser.add_argument_group("mixture of experts (dispatch combine moe a2e e2a)").add_argument
-    experts("--ep", type=parse_int_list, default=(8, 32, 256), metavar="N[,N...]", help="ranks (default: 8,32,256)")
-    experts("--tokens", type=parse_int_list, default=(128,), metavar="N[,N...]", help="of each rank (default: 128)")
-    experts("--hidden", type=positive, default=7168, metavar="N", help="elements of a token (default: 7168)")
+    experts("--ep", type=int_list(1), default=(8, 32, 256), metavar="N[,N...]", help="ranks (default: 8,32,256)")
+    experts(
+        "--tokens",
+        type=int_list(0, _MOST_TOKENS),
+        default=(128,),
+        metavar="N[,N...]",
+        help="of each rank (default: 128)",
+    )
+    experts(
+        "--hidden", type=whole_number(1, 10**6), default=7168, metavar="N", help="elements of a token (default: 7168)"
+    )
     experts("--topk", type=positive, default=8, metavar="N", help="experts of a token (default: 8)")
     experts("--experts", type=positive, metavar="N",
             help="in all (default: 256, or more: a multiple of ranks); a2e, e2a: dies (default: 288)")  # fmt: skip
     experts("--quant", choices=("int8", "none"), default="int8", help="what dispatch sends (default: int8)")
     experts("--protocol", choices=("push", "pull", "deepep"), default="push",
             help="CANN's fused push, XCCL's pull, or DeepEP's low-latency kernels (default: push)")  # fmt: skip
-    experts("--routing", default=_EVEN, metavar="SPEC",
+    experts("--routing", default=EVEN, metavar="SPEC",
             help="even (default: no imbalance), uniform, zipf[:S], hot[:K], skew or file:PATH")  # fmt: skip
     experts("--attention", type=positive, default=160, metavar="N", help="a2e, e2a: attention dies (default: 160)")
     experts("--shared", type=whole_number(0), metavar="N",
@@ -64,7 +84,9 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
     sized = parser.add_argument_group("bytes (sendrecv put get barrier)").add_argument
     sized("--bytes", type=_sizes, default=(1 << 20,), metavar="SIZE[,SIZE...]", help="of a message (default: 1M)")
-    sized("--lanes", type=parse_int_list, default=(2, 48), metavar="N[,N...]", help="of sendrecv (default: 2,48)")
+    sized(
+        "--lanes", type=int_list(1, MAX_LANES), default=(2, 48), metavar="N[,N...]", help="of sendrecv (default: 2,48)"
+    )
     sized("--engine", choices=("mte", "dma"), default="mte", help="what moves the bytes (default: mte)")
 
     output = parser.add_argument_group("output").add_argument
@@ -72,21 +94,27 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     output("--sensitivity", action="store_true", help="show which figures of the machine move the result most")
     output("--plot", metavar="FILE", help="draw the stages: .png or .svg (needs matplotlib: pip install 'xccl[plot]')")
     output("--json", metavar="FILE", help="write the projections to a file, - for standard output")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=partial(run, parser))
 
 
-def run(args: argparse.Namespace) -> int:
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    from xccl.model.machine import load_machine
-
+    every = dict.fromkeys(name for names in _OPTIONS_OF.values() for name in names)
+    refuse_given(parser, args, every.keys() - _OPTIONS_OF[args.op], f"means nothing to {args.op}")
+    if args.skew_us is None:
+        refuse_given(parser, args, ["skew"], "needs --skew-us")
+    if args.json and args.json != "-":
+        check_writable(args.json)
     if args.plot:
         from xccl.cli.plot import require_plot
 
         require_plot(args.plot)
-    machine = load_machine(args.machine).with_values(dict(map(_setting, args.set)))
-    rows = [_row(args, machine, shape, parts) for shape, parts in _work(args, machine)]
+    try:
+        title, rows = _projected(args)
+    except ModelError as error:  # whatever has no answer here was asked for by an option
+        raise UsageError(str(error)) from error
     if args.json != "-":
-        _print_table(args, machine.title, rows)
+        _print_table(args, title, rows)
     if args.json:
         document = {"schema": _SCHEMA, "version": __version__, "command": args.command, "results": rows}
         text = json.dumps(document, indent=2)
@@ -100,130 +128,40 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         from xccl.cli.plot import draw
 
-        draw(args.plot, f"{args.op} on {machine.title}, projected", rows)
+        draw(args.plot, f"{args.op} on {title}, projected", rows)
     return 0
 
 
-# -- what is projected ------------------------------------------------------------------------------------------------
+def _projected(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
+    """The machine in words, and the results."""
+    from xccl.cli.project_work import described_work
+    from xccl.model.machine import load_machine
+    from xccl.model.whatif import what_if
 
-
-def _work(args: argparse.Namespace, machine: Machine) -> Iterator[Work]:
-    if args.op in _EXPERT_OPERATIONS:
-        for ranks in args.ep:
-            if ranks < 1:
-                raise UsageError(f"--ep is {ranks}, must be at least 1", value=ranks, bound=1)
-            for tokens in args.tokens:
-                yield _expert_work(args, machine, ranks, tokens)
-    elif args.op in _APART:
-        for tokens in args.tokens:
-            yield _apart_work(args, machine, tokens)
-    elif args.op == "barrier":
-        from xccl.protocol.onesided import barrier
-
-        for ranks in args.ep:
-            if ranks < 1:
-                raise UsageError(f"--ep is {ranks}, must be at least 1", value=ranks, bound=1)
-            yield {}, [barrier(ranks)]
-    else:
-        yield from _sized_work(args, machine)
-
-
-def _expert_work(args: argparse.Namespace, machine: Machine, ranks: int, tokens: int) -> Work:
-    from xccl.model.project import ROUTED_EXPERTS, describe_moe, whole_experts
-
-    experts = args.experts or whole_experts(ROUTED_EXPERTS, ranks)
-    routing = None
-    if args.routing != _EVEN:
-        routing = _routing(args, ranks, tokens, experts, ranks)
-    parts = [
-        describe_moe(
-            op, ranks=ranks, tokens=tokens, hidden=args.hidden, top_k=args.topk, experts=experts, quant=args.quant,
-            protocol=args.protocol, machine=machine, routing=routing,
-        )
-        for op in (("dispatch", "combine") if args.op == "moe" else (args.op,))
-    ]  # fmt: skip
-    return {"tokens": tokens, "hidden": args.hidden, "experts": experts, "routing": args.routing}, parts
-
-
-def _apart_work(args: argparse.Namespace, machine: Machine, tokens: int) -> Work:
-    from xccl.model.project import ROUTED_EXPERTS, describe_a2e
-
-    dies = args.experts or 288
-    shared = max(0, dies - ROUTED_EXPERTS) if args.shared is None else args.shared
-    routing = None
-    if args.routing != _EVEN:
-        routing = _routing(args, args.attention, tokens, dies - shared, dies, shared)
-    described = describe_a2e(
-        args.op, attention=args.attention, experts=dies, tokens=tokens, hidden=args.hidden, top_k=args.topk,
-        shared=shared, quant=args.quant, trampolines=args.trampolines, machine=machine, routing=routing,
-    )  # fmt: skip
-    shape = {"tokens": tokens, "hidden": args.hidden, "attention": args.attention, "experts": dies}
-    return {**shape, "routing": args.routing}, [described]
-
-
-def _routing(
-    args: argparse.Namespace, sources: int, tokens: int, experts: int, destinations: int, shared: int = 0
-) -> RoutingCounts:
-    """Choices by chance, as `xccl bench` makes them; the shared expert's replicas take turns."""
-    import numpy as np
-
-    from xccl.protocol.counts import RoutingCounts
-    from xccl.protocol.routing import make_routing
-
-    choices = []
-    for rank in range(sources):
-        idx = make_routing(
-            args.routing, tokens=tokens, experts=experts, topk=args.topk, seed=args.seed, rank=rank, ranks=sources
-        )
-        if shared:
-            replica = experts + (rank + np.arange(tokens)) % shared
-            idx = np.concatenate([idx, replica[:, None]], axis=1)
-        choices.append(idx)
-    if (experts + shared) % destinations:
-        raise UsageError(f"--experts is {experts + shared}: not a multiple of {destinations} ranks", value=experts)
-    return RoutingCounts.from_topk(choices, experts + shared, destinations)
-
-
-def _sized_work(args: argparse.Namespace, machine: Machine) -> Iterator[Work]:
-    from xccl.model.project import describe_send
-    from xccl.protocol.onesided import get, put
-
-    for n_bytes in args.bytes:
-        if args.op == "sendrecv":
-            for lanes in args.lanes:
-                shape = {"bytes": n_bytes, "lanes": lanes, "engine": args.engine}
-                yield shape, [describe_send(machine, n_bytes=n_bytes, lanes=lanes, engine=args.engine)]
-        else:
-            neighbour = int(machine["topology.dies_per_chip"] * machine["topology.chips_per_node"])
-            ends = (0, neighbour) if args.op == "put" else (neighbour, 0)
-            describe = put if args.op == "put" else get
-            yield (
-                {"bytes": n_bytes, "engine": args.engine},
-                [describe(neighbour + 1, *ends, n_bytes, engine=args.engine)],
-            )
+    machine = what_if(load_machine(args.machine), args.set)
+    return machine.title, [_row(args, machine, shape, parts) for shape, parts in described_work(args, machine)]
 
 
 # -- what it costs ----------------------------------------------------------------------------------------------------
 
 
 def _row(args: argparse.Namespace, machine: Machine, shape: dict[str, Any], parts: list[Description]) -> dict[str, Any]:
-    from xccl.model.project import project, together
+    from xccl.model.project import in_a_row, project, together
     from xccl.model.sensitivity import sensitivities
+    from xccl.model.skew import start_skew_us
 
-    projections = []
-    for part in parts:
-        start_us = None
-        if args.skew_us:
-            import numpy as np
-
-            start_us = np.random.default_rng(args.seed).exponential(args.skew_us, part.ranks)
-        projections.append(project(part, machine, args.placement, start_us))
-    whole = projections[0] if len(projections) == 1 else together(args.op, projections)
+    start_us = None
+    if args.skew_us is not None:
+        start_us = start_skew_us(parts[0].ranks, args.skew_us, distribution=args.skew, seed=args.seed)
+        whole = in_a_row(args.op, parts, machine, args.placement, start_us)
+    else:
+        projections = [project(part, machine, args.placement) for part in parts]
+        whole = projections[0] if len(projections) == 1 else together(args.op, projections)
     row = {"op": args.op, "ranks": whole.ranks, **shape, "protocol": whole.protocol, "projected": as_json(whole)}
-    if args.skew_us:
-        row["skew_us"] = args.skew_us
+    if start_us is not None:
+        row |= {"skew_us": args.skew_us, "skew": args.skew, "last_start_us": float(start_us.max())}
     if args.sensitivity:
-        row["sensitivities"] = [asdict(item) for part in parts for item in sensitivities(part, machine, args.placement)]
+        row["sensitivities"] = [asdict(item) for item in sensitivities(parts, machine, args.placement)]
     return row
 
 
@@ -244,12 +182,12 @@ def _print_table(args: argparse.Namespace, title: str, rows: list[dict[str, Any]
         share = f"{projected['bottleneck']} ({projected['bottleneck_share']:.0%})"
         times = f"{projected['time_us']:>10.1f} {projected['low_us']:>8.1f} {projected['high_us']:>8.1f}"
         print(f"  {row['op']:>9} {row['ranks']:>6} {_size(row):>18} {times}  {share}")
-        if args.skew_us:
+        if "skew_us" in row:
             by_rank = ", ".join(f"{name} {us:.1f}" for name, us in projected["rank_us"].items())
-            print(f"    a rank, from its own call: {by_rank}")
+            print(f"    the last rank starts at {row['last_start_us']:.1f}; a rank, from its own call: {by_rank}")
         if args.stages:
             for name, us in projected["stages"].items():
-                print(f"    {name:<32} {us:>8.1f} {us / projected['time_us']:>5.0%}")
+                print(f"    {name:<32} {us:>8.1f} {us / (projected['time_us'] or 1.0):>5.0%}")
         for item in row.get("sensitivities", ())[:_SHOWN_SENSITIVITIES]:
             print(f"    {item['parameter']:<32} {item['value']:>8g} 1% more: {item['elasticity']:+.2f}% of the time")
     sys.stdout.flush()
@@ -264,12 +202,19 @@ def _size(row: dict[str, Any]) -> str:
 
 
 def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(parse_bytes(part) for part in text.split(","))
+    sizes = tuple(parse_bytes(part) for part in text.split(","))
+    if max(sizes) > _MOST_BYTES:
+        raise argparse.ArgumentTypeError(f"{text} must be at most {_MOST_BYTES >> 40}T")
+    return sizes
 
 
-def _setting(text: str) -> tuple[str, float]:
-    name, equals, value = text.partition("=")
+def _microseconds(text: str) -> float:
     try:
-        return name, float(value)
+        value = float(text)
     except ValueError:
-        raise UsageError(f"--set {text}: must be NAME=NUMBER", value=text + equals) from None
+        value = math.nan
+    if not 0 < value <= _MOST_SKEW_US:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be a number of microseconds above 0, at most {_MOST_SKEW_US:g}"
+        )
+    return value

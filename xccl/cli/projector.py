@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from xccl.cli.described import describe_step
-from xccl.cli.options import BenchOptions
+from xccl.cli.described import describe_step, require_described
+from xccl.cli.options import BenchOptions, Case
 from xccl.cli.project import as_json
 from xccl.errors import ModelError, UsageError
 from xccl.model.machine import Machine, load_machine
-from xccl.model.project import project, together
+from xccl.model.project import Projection, project, together, whole_experts
 
 if TYPE_CHECKING:
     from xccl.cli.results import Measurement
@@ -26,31 +26,46 @@ class Projector:
     Args:
         options: of the run.
         target: MACHINE or MACHINE@RANKS, the same work on so many ranks.
+        option: where the target comes from, for errors.
 
     Attributes:
         machine: the modelled machine.
         ranks: how many of its dies take part.
 
     Raises:
-        UsageError: the target is malformed, or has no room for the run.
-        ModelError: there is no such machine.
+        UsageError: the target is malformed, there is no such machine, it has no room for the run, or no description of
+            it.
     """
 
-    def __init__(self, options: BenchOptions, target: str) -> None:
+    def __init__(self, options: BenchOptions, target: str, option: str = "--project") -> None:
         match = _TARGET.fullmatch(target)
         if match is None:
-            raise UsageError(f"--project {target}: must be MACHINE or MACHINE@RANKS", value=target)
+            raise UsageError(f"{option} {target}: must be MACHINE or MACHINE@RANKS", value=target)
         self._options = options
-        self.machine: Machine = load_machine(match["machine"])
+        self._target = target
+        self._projected: dict[tuple[Case, str], Projection] = {}
+        try:
+            self.machine: Machine = load_machine(match["machine"])
+        except ModelError as error:
+            raise UsageError(f"{option} {target}: {error}", value=target) from error
         self.ranks = int(match["ranks"] or options.ranks)
         dies = 1
         for part in ("dies_per_chip", "chips_per_node", "nodes"):
             dies *= int(self.machine[f"topology.{part}"])
         if self.ranks > dies:
             raise UsageError(
-                f"--project {target}: {self.machine.name} has {dies} dies, {self.ranks} are asked for",
+                f"{option} {target}: {self.machine.name} has {dies} dies, {self.ranks} are asked for",
                 value=self.ranks, bound=dies,
             )  # fmt: skip
+        require_described(options, self.ranks)
+
+    @property
+    def title(self) -> str:
+        """On what the work is projected, and what had to be changed for it."""
+        experts = whole_experts(self._options.experts, self.ranks)
+        if self._options.deployment is not None or experts == self._options.experts:
+            return self._target
+        return f"{self._target} with {experts} experts ({self._options.experts} are no multiple of {self.ranks} ranks)"
 
     def of(self, measurements: Sequence[Measurement]) -> dict[str, Any]:
         """What the model says for one row: the object "projected" of a result.
@@ -63,9 +78,19 @@ class Projector:
         require_same(measurements, described)
         if self.ranks != self._options.ranks:
             described = self._described(first, self.ranks, None)
-        parts = [project(part, self.machine) for part in described]
+        parts = [self._project(first.case, part) for part in described]
         whole = parts[0] if len(parts) == 1 else together(first.op, parts)
-        return {**as_json(whole), "ranks": self.ranks}
+        scaled: dict[str, Any] = {"ranks": self.ranks}
+        if first.case.tokens is not None and self._options.deployment is None:
+            scaled["experts"] = whole_experts(self._options.experts, self.ranks)
+        return {**as_json(whole), **scaled}
+
+    def _project(self, case: Case, described: Description) -> Projection:
+        """A round trip is made of what its halves are, which have rows of their own."""
+        key = (case, described.operation)
+        if key not in self._projected:
+            self._projected[key] = project(described, self.machine)
+        return self._projected[key]
 
     def _described(self, first: Measurement, ranks: int, releasing: int | None) -> list[Description]:
         return describe_step(self._options, first.case, first.op, ranks, releasing)

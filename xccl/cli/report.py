@@ -60,6 +60,8 @@ _MOE_FIGURES: Final = (
 _PROJECTED: Final = Column(
     "projected", "us", lambda row: _number(row.projected["time_us"] if row.projected else None, 1), 9
 )
+#: Those of the object "projected" that have a column in CSV.
+_PROJECTED_FIELDS: Final = ("machine", "ranks", "time_us", "low_us", "high_us", "bottleneck", "bottleneck_share")
 _WRONG: Final = Column("wrong", "", lambda row: "-" if row.wrong is None else str(row.wrong), 6)
 
 
@@ -69,8 +71,8 @@ def columns_of(*, moe: bool, projected: bool = False) -> tuple[Column, ...]:
     return (*_NAMES, *_MOE, *_FIGURES, *_MOE_FIGURES, *last) if moe else (*_NAMES, *_FIGURES, *last)
 
 
-def headlines(options: BenchOptions, version: str, *, moe: bool) -> list[str]:
-    """Lines that say what ran, and that its times are emulated."""
+def headlines(options: BenchOptions, version: str, *, moe: bool, projected: str | None = None) -> list[str]:
+    """Lines that say what ran, that its times are emulated, and what is projected."""
     kind = "processes" if options.fabric == "shm" else "threads"
     timing = "mean of a loop without barriers" if options.back_to_back else "slowest rank of each iteration"
     deployment = options.deployment
@@ -84,7 +86,7 @@ def headlines(options: BenchOptions, version: str, *, moe: bool) -> list[str]:
         f"xccl {version} bench {options.op}: {ranks} as {kind} on {cores}",
         f"emulated times, measured on this machine: {timing}",
         *([shape] if moe else []),
-        *([f"projected: what the model says of the same work on {options.project}"] if options.project else []),
+        *([f"projected: what the model says of the same work on {projected}"] if projected else []),
     ]
 
 
@@ -174,7 +176,7 @@ def _flat(row: Row) -> dict[str, Any]:
         if name == "time_us":
             fields |= {f"{statistic}_us": figure for statistic, figure in value.items()}
         elif name == "projected":
-            fields |= {f"projected_{key}": value and value[key] for key in ("machine", "ranks", "time_us")}
+            fields |= {f"projected_{key}": value and value[key] for key in _PROJECTED_FIELDS}
         else:
             fields[name] = value
     return fields

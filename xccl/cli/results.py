@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ class Measurement:
         payload_bytes: What this rank sends in an iteration.
         rows_received: MoE only: token copies that this rank receives in an iteration.
         wrong: Wrong elements at this rank, None if not checked.
-        traced: The operations of one more iteration, if they are asked for.
+        traced: The operations of further iterations, if they are asked for.
     """
 
     op: str
@@ -64,10 +64,8 @@ class Row:
     projected: dict[str, Any] | None = None
 
     @classmethod
-    def of(
-        cls, options: BenchOptions, measurements: Sequence[Measurement], projected: dict[str, Any] | None = None
-    ) -> Row:
-        """From the measurements of all ranks, and what a model says of them.
+    def of(cls, options: BenchOptions, measurements: Sequence[Measurement]) -> Row:
+        """From the measurements of all ranks.
 
         `bytes` is the mean payload of a rank. `tokens_per_s` counts the tokens of all ranks; `load_imbalance` is the
         rows that the most loaded rank receives over the mean.
@@ -101,7 +99,6 @@ class Row:
             tokens_per_s=case.tokens * options.batches / stats.p50 * 1e6 if case.tokens and stats.p50 else None,
             load_imbalance=_imbalance(received) if received else None,
             wrong=sum(wrong) if wrong else None,
-            projected=projected,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -126,15 +123,9 @@ class Collector:
         measurements: what each of them was made of, by rank.
     """
 
-    def __init__(
-        self,
-        options: BenchOptions,
-        on_row: Callable[[Row], None],
-        project: Callable[[Sequence[Measurement]], dict[str, Any]] | None = None,
-    ) -> None:
+    def __init__(self, options: BenchOptions, on_row: Callable[[Row], None]) -> None:
         self.rows: list[Row] = []
         self.measurements: list[list[Measurement]] = []
-        self._project = project
         self._options = options
         self._on_row = on_row
         self._by_rank: list[list[Measurement]] = [[] for _ in range(options.ranks)]
@@ -145,10 +136,15 @@ class Collector:
         at = len(self.rows)
         if all(len(measurements) > at for measurements in self._by_rank):
             of_row = [measurements[at] for measurements in self._by_rank]
-            row = Row.of(self._options, of_row, self._project(of_row) if self._project else None)
+            row = Row.of(self._options, of_row)
             self.measurements.append(of_row)
             self.rows.append(row)
             self._on_row(row)
+
+    def project(self, projected: Callable[[Sequence[Measurement]], dict[str, Any]]) -> None:
+        """Add to each row what a model says of it; not before the run is over, as it takes time from the ranks."""
+        for at, of_row in enumerate(self.measurements):
+            self.rows[at] = replace(self.rows[at], projected=projected(of_row))
 
     @property
     def wrong(self) -> int:

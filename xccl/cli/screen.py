@@ -35,9 +35,9 @@ class Silent:
 class Plain:
     """Aligned text, each row when it is there; everything else is a comment that starts with #."""
 
-    def __init__(self, options: BenchOptions, version: str, *, moe: bool) -> None:
-        self._columns = report.columns_of(moe=moe, projected=options.project is not None)
-        comments = report.headlines(options, version, moe=moe)
+    def __init__(self, options: BenchOptions, version: str, *, moe: bool, projected: str | None) -> None:
+        self._columns = report.columns_of(moe=moe, projected=projected is not None)
+        comments = report.headlines(options, version, moe=moe, projected=projected)
         self._header = [*(f"# {comment}" for comment in comments), *report.plain_header(self._columns)]
 
     def row(self, row: Row) -> None:
@@ -54,9 +54,9 @@ class Plain:
 class Terminal:
     """A rich table, at the end."""
 
-    def __init__(self, options: BenchOptions, version: str, *, moe: bool) -> None:
-        self._columns = report.columns_of(moe=moe, projected=options.project is not None)
-        self._headlines = report.headlines(options, version, moe=moe)
+    def __init__(self, options: BenchOptions, version: str, *, moe: bool, projected: str | None) -> None:
+        self._columns = report.columns_of(moe=moe, projected=projected is not None)
+        self._headlines = report.headlines(options, version, moe=moe, projected=projected)
 
     def row(self, row: Row) -> None:
         """Nothing yet: widths depend on all rows."""
@@ -72,11 +72,11 @@ class Terminal:
             console.print(line, highlight=False, soft_wrap=True)
 
 
-def make_screen(options: BenchOptions, version: str, *, moe: bool, quiet: bool) -> Screen:
-    """The screen that fits where standard output goes."""
+def make_screen(options: BenchOptions, version: str, *, moe: bool, quiet: bool, projected: str | None = None) -> Screen:
+    """The screen that fits where standard output goes; `projected` says on what rows are projected, if they are."""
     if quiet:
         return Silent()
-    return (Terminal if sys.stdout.isatty() else Plain)(options, version, moe=moe)
+    return (Terminal if sys.stdout.isatty() else Plain)(options, version, moe=moe, projected=projected)
 
 
 class ProgressBar(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -238,6 +238,46 @@ def summary(description: Description, machine: Machine, times: Timeline) -> Proj
         stages=stages,
         bottleneck=f"{name}: {limit}",
         bottleneck_share=stages[name] / total_us if total_us else 0.0,
+    )
+
+
+def in_a_row(
+    operation: str,
+    descriptions: Sequence[Description],
+    machine: Machine,
+    placement: str | Sequence[int] = "packed",
+    start_us: npt.NDArray[np.float64] | None = None,
+) -> Projection:
+    """Operations of which each rank calls the next one as soon as it has ended the one before: stragglers stay behind.
+
+    Without stragglers it takes about as long as `together`, where all ranks wait for the last one in between.
+
+    Args:
+        operation: name of the whole.
+        descriptions: what happens, in order; at least one.
+        machine: on which machine.
+        placement: of the ranks on its dies, as `topology.place` has it.
+        start_us: [ranks] when each rank calls the first operation; all at 0 if None.
+
+    Raises:
+        ModelError: it does not fit on the machine.
+    """
+    first = times = timeline(descriptions[0], machine, placement, start_us)
+    parts = [summary(descriptions[0], machine, times)]
+    for description in descriptions[1:]:
+        times = timeline(description, machine, placement, times.end_us[-1])
+        parts.append(summary(description, machine, times))
+    last, spent_us = parts[-1], times.end_us[-1] - first.begin_us[0]
+    if len(parts) == 1:
+        return last
+    whole = together(operation, parts)  # whose times would count the stragglers' start once for each part
+    return replace(
+        whole,
+        time_us=last.time_us,
+        low_us=last.low_us,
+        high_us=last.high_us,
+        rank_us={"min": float(spent_us.min()), "mean": float(spent_us.mean()), "max": float(spent_us.max())},
+        bottleneck_share=whole.bottleneck_share * whole.time_us / last.time_us if last.time_us else 0.0,
     )
 
 

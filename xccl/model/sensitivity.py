@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..protocol.stage import Description
@@ -32,12 +33,24 @@ class Sensitivity:
     elasticity: float
 
 
-def sensitivities(description: Description, machine: Machine, placement: str = "packed") -> list[Sensitivity]:
-    """All parameters that move the time of a description, the strongest first.
+def sensitivities(
+    descriptions: Sequence[Description], machine: Machine, placement: str = "packed"
+) -> list[Sensitivity]:
+    """All parameters that move the time of these descriptions, one after the other, the strongest first.
 
     Each is moved 10% up and down, by the fast path where that is exact, else by simulation.
+    What takes no time has none.
     """
-    run = estimate if is_regular(description, place(machine, description.ranks, placement)) else simulate
+    runs = [
+        (estimate if is_regular(each, place(machine, each.ranks, placement)) else simulate, each)
+        for each in descriptions
+    ]
+
+    def total_us(moved: Machine) -> float:
+        return sum(run(each, place(moved, each.ranks, placement)).total_us for run, each in runs)
+
+    if total_us(machine) <= 0:
+        return []
     found = []
     for name, parameter in machine.parameters.items():
         if name.startswith(_COUNTS) or parameter.value == 0:
@@ -45,7 +58,7 @@ def sensitivities(description: Description, machine: Machine, placement: str = "
         logs = []
         for factor in (1 + _STEP, 1 - _STEP):
             moved = machine.with_values({name: factor * parameter.value})
-            logs.append(math.log(run(description, place(moved, description.ranks, placement)).total_us))
+            logs.append(math.log(total_us(moved)))
         elasticity = (logs[0] - logs[1]) / (math.log(1 + _STEP) - math.log(1 - _STEP))
         if abs(elasticity) > 5e-4:
             found.append(Sensitivity(name, parameter.value, elasticity))
