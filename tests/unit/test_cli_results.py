@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from xccl.cli import report
-from xccl.cli.bench_data import Lazy, TokenPool, clear, count_wrong, random_bits
+from xccl.cli.bench_data import TokenPool, clear, count_wrong, random_bits
 from xccl.cli.bench_rank import _timed
 from xccl.cli.options import BenchOptions, Case
 from xccl.cli.results import Collector, Measurement, Row
@@ -215,21 +215,6 @@ def test_data_follows_from_its_key() -> None:
     assert (pool.tokens(1, 0, 4) == again.tokens(1, 0, 4)).all()
     assert (pool.tokens(1, 0, 4) != pool.tokens(1, 1, 4)).any()
     assert pool.tokens(0, 0, 0).shape == (0, 16)
-
-
-def test_lazy_sequence() -> None:
-    made: list[int] = []
-
-    def make(i: int) -> Any:
-        made.append(i)
-        return np.full(1, i)
-
-    lazy = Lazy(make, 3)
-    assert len(lazy) == 3
-    assert made == []
-    assert lazy[1][0] == 1
-    assert [int(a[0]) for a in lazy] == [0, 1, 2]
-    assert [int(a[0]) for a in lazy[1:]] == [1, 2]
 
 
 def test_clear_leaves_read_only_arrays() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -18,37 +18,20 @@ import numpy.typing as npt
 from xccl.cli.bench_data import CHECKED, TIMED, Array, TokenPool, count_wrong, dtype_of
 from xccl.cli.bench_part import Operation, Part
 from xccl.cli.deployment import Deployment
+from xccl.cli.ledger import ORACLE_ROWS, Ledger
 from xccl.cli.options import BenchOptions, Case
 from xccl.comm import reference
 from xccl.comm.a2e import Disaggregated
 from xccl.comm.a2e_experts import ExpertBatch
-from xccl.layout.moe import SOURCE_DTYPE
 from xccl.protocol.routing import make_routing
 
 if TYPE_CHECKING:
     from xccl.comm.communicator import Communicator
 
 _SCALE_BYTES: Final = 4
-#: Rows that the oracle looks at at once: they fit a cache.
-_ORACLE_ROWS: Final = 16
 _ROUNDS: Final = 2
 
 Ints = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """Who sent what in one A2E of a domain, by expert: what a check of an expert die looks up.
-
-    Attributes:
-        bounds: [experts + 1] where the rows of each expert begin.
-        source: `SOURCE_DTYPE` [rows], by expert, then (rank, token, slot).
-        places: [rows] where each row's token is in the pool.
-    """
-
-    bounds: Ints
-    source: npt.NDArray[np.void]
-    places: Ints
 
 
 class Data:
@@ -95,14 +78,7 @@ class Data:
             ]
         )
         places = np.stack([self.pool.places(rank, data_round, tokens) for rank in ranks.tolist()])
-        place, token, slot = np.nonzero(chosen >= 0)
-        expert = chosen[place, token, slot]
-        order = np.argsort(expert, kind="stable")
-        source = np.empty(len(order), SOURCE_DTYPE)
-        source["rank"], source["token"], source["slot"] = ranks[place[order]], token[order], slot[order]
-        counts = np.bincount(expert, minlength=self.options.experts)
-        bounds = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        return Ledger(bounds, source, places[place[order], token[order]])
+        return Ledger.of(ranks, chosen, places, self.options.experts)
 
 
 _shared_data: dict[BenchOptions, Data] = {}
@@ -198,8 +174,8 @@ class A2E(Operation):
         if d.shared:
             weights = np.concatenate([weights, np.ones((len(weights), 1), np.float32)], axis=1)
         wrong = 0
-        for start in range(0, len(x), _ORACLE_ROWS):
-            block = slice(start, start + _ORACLE_ROWS)
+        for start in range(0, len(x), ORACLE_ROWS):
+            block = slice(start, start + ORACLE_ROWS)
             values = self._as_experts_see(x[block])
             rows = np.broadcast_to(values[:, None], (*idx[block].shape, self.options.hidden))
             outs = self._experts(rows, idx[block])
@@ -256,28 +232,15 @@ class A2E(Operation):
 
     def _wrong_rows(self, batch: ExpertBatch, ledger: Ledger) -> int:
         first = self.dis.first_expert or 0
-        bounds = ledger.bounds[first : first + self.dis.local_experts + 1]
-        mine = slice(int(bounds[0]), int(bounds[-1]))
-        wrong = count_wrong(batch.counts, np.diff(bounds)) + count_wrong(batch.source, ledger.source[mine])
-        places = ledger.places[mine]
-        if len(batch.tokens) != len(places):
-            return wrong + max(batch.tokens.size, 1)
-        for start in range(0, len(places), _ORACLE_ROWS):
-            block = slice(start, start + _ORACLE_ROWS)
-            tokens = self.data.pool.at(places[block])
-            scales = None
-            if self.is_int8:
-                tokens, scales = reference.quantise(tokens)
-            wrong += count_wrong(batch.tokens[block], tokens)
-            wrong += count_wrong(None if batch.scales is None else batch.scales[block], scales)
-        return wrong
+        mine = range(first, first + self.dis.local_experts)
+        return ledger.wrong_rows(mine, batch, self.data.pool, is_int8=self.is_int8)
 
     def _expert_out(self, batch: ExpertBatch) -> Array:
         """What this die's experts make of a batch."""
         out = self._output_buffer(len(batch.tokens))
         expert = (self.dis.first_expert or 0) + np.repeat(np.arange(self.dis.local_experts), batch.counts)
-        for start in range(0, len(out), _ORACLE_ROWS):
-            block = slice(start, start + _ORACLE_ROWS)
+        for start in range(0, len(out), ORACLE_ROWS):
+            block = slice(start, start + ORACLE_ROWS)
             values = batch.tokens[block]
             if batch.scales is not None:
                 values = reference.dequantise(values, batch.scales[block], self.dtype)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Final, overload
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -72,25 +71,3 @@ class TokenPool:
     def at(self, places: Array) -> Array:
         """[count, hidden] the tokens at these places."""
         return np.ascontiguousarray(self._windows[places])
-
-
-class Lazy(Sequence[Array]):
-    """A sequence of arrays that are made when they are asked for."""
-
-    def __init__(self, make: Callable[[int], Array], length: int) -> None:
-        self._make = make
-        self._length = length
-
-    def __len__(self) -> int:
-        return self._length
-
-    @overload
-    def __getitem__(self, index: int) -> Array: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Array]: ...
-    def __getitem__(self, index: int | slice) -> Array | list[Array]:
-        if isinstance(index, slice):
-            return [self._make(i) for i in range(*index.indices(self._length))]
-        if not 0 <= index < self._length:
-            raise IndexError(index)
-        return self._make(index)

@@ -5,13 +5,15 @@ The expert's work is not timed: its output (the token scaled by a factor of the 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from xccl.cli.bench_data import CHECKED, TIMED, Array, Lazy, TokenPool, clear, count_wrong, dtype_of
+from xccl.cli.bench_data import CHECKED, TIMED, Array, TokenPool, clear, count_wrong, dtype_of
 from xccl.cli.bench_part import Operation, Part
+from xccl.cli.ledger import Ledger
 from xccl.cli.options import BenchOptions, Case
 from xccl.comm import reference
 from xccl.comm.moe import ExpertParallel
@@ -25,6 +27,47 @@ _SCALE_BYTES: Final = 4
 _ORACLE_TOKENS: Final = 128
 
 
+class Data:
+    """Inputs of any rank in any round; what several ranks of a process need is made once for all of them."""
+
+    def __init__(self, options: BenchOptions) -> None:
+        self._options = options
+        self.pool = TokenPool(options.hidden, dtype_of(options), options.seed)
+        self._ledgers: dict[tuple[int, int], Ledger] = {}
+        self._lock = threading.Lock()
+
+    def routing(self, rank: int, tokens: int, data_round: int) -> Array:
+        """int64 [tokens, top_k]: the experts that `rank` chooses in a round."""
+        o = self._options
+        return make_routing(
+            o.routing, tokens=tokens, experts=o.experts, topk=o.topk, seed=o.seed + data_round, rank=rank, ranks=o.ranks
+        )
+
+    def ledger(self, tokens: int, data_round: int) -> Ledger:
+        """What all ranks send in a round."""
+        with self._lock:
+            key = (tokens, data_round)
+            if key not in self._ledgers:
+                ranks = range(self._options.ranks)
+                chosen = np.stack([self.routing(rank, tokens, data_round) for rank in ranks])
+                places = np.stack([self.pool.places(rank, data_round, tokens) for rank in ranks])
+                self._ledgers[key] = Ledger.of(np.arange(len(ranks)), chosen, places, self._options.experts)
+            return self._ledgers[key]
+
+
+_shared_data: dict[BenchOptions, Data] = {}
+_sharing = threading.Lock()
+
+
+def data_of(options: BenchOptions) -> Data:
+    """The data of a run: one object in a process, whose ranks may be hundreds of threads."""
+    with _sharing:
+        if options not in _shared_data:
+            _shared_data.clear()
+            _shared_data[options] = Data(options)
+        return _shared_data[options]
+
+
 class Moe(Operation):
     """Rows "dispatch", "combine" and "moe" (both, one after the other), or the one of them that was asked for."""
 
@@ -32,7 +75,8 @@ class Moe(Operation):
         super().__init__(comm, options, cases)
         self.dtype = dtype_of(options)
         self.quant: reference.Quant = "int8" if options.quant == "int8" else "none"
-        self.pool = TokenPool(options.hidden, self.dtype, options.seed)
+        self.data = data_of(options)
+        self.pool = self.data.pool
         self.factors = (1 + np.arange(options.experts) / options.experts).astype(np.float32)
         self.local_experts = options.experts // comm.size
         self.ep = ExpertParallel(
@@ -88,26 +132,13 @@ class Moe(Operation):
 
     # --- inputs and what becomes of them ------------------------------------------------------------------------------
 
-    def routing(self, rank: int, tokens: int, data_round: int) -> Array:
-        """int64 [tokens, top_k]: the experts that `rank` chooses in a round."""
-        o = self.options
-        return make_routing(
-            o.routing,
-            tokens=tokens,
-            experts=o.experts,
-            topk=o.topk,
-            seed=o.seed + data_round,
-            rank=rank,
-            ranks=o.ranks,
-        )
-
     def inputs(self, tokens: int, data_round: int) -> tuple[Array, Array, Array]:
         """Tokens, expert ids and gate weights of this rank in a round."""
         rank = self.comm.rank
         weights = np.random.default_rng((self.options.seed, 2, rank, data_round)).random(
             (tokens, self.options.topk), np.float32
         )
-        return self.pool.tokens(rank, data_round, tokens), self.routing(rank, tokens, data_round), weights
+        return self.pool.tokens(rank, data_round, tokens), self.data.routing(rank, tokens, data_round), weights
 
     def expert_out(self, d: Any) -> Array:
         """What the experts of this rank make of dispatched rows: [n, hidden] in dtype."""
@@ -121,16 +152,9 @@ class Moe(Operation):
 
     def wrong_rows(self, d: Any, tokens: int) -> int:
         """Wrong elements of a dispatch of the checked round."""
-        ranks = self.comm.size
-        want = reference.dispatch_one(
-            self.comm.rank,
-            Lazy(lambda rank: self.pool.tokens(rank, CHECKED, tokens), ranks),
-            [self.routing(rank, tokens, CHECKED) for rank in range(ranks)],
-            self.options.experts,
-            self.quant,
-        )
-        pairs = ((d.tokens, want.tokens), (d.scales, want.scales), (d.counts, want.counts), (d.source, want.source))
-        return sum(count_wrong(got, expected) for got, expected in pairs)
+        first = self.comm.rank * self.local_experts
+        ledger = self.data.ledger(tokens, CHECKED)
+        return ledger.wrong_rows(range(first, first + self.local_experts), d, self.pool, is_int8=self.quant == "int8")
 
     def combined(self, x: Array, topk_idx: Array, weights: Array) -> Array:
         """What a combine must give, from this rank's own tokens: the experts' work is known."""

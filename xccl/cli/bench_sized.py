@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from xccl.comm.communicator import Communicator
 
 _BARRIER_CHECKS: Final = 10
+#: In a check each rank signals each other one; with many ranks one round is work enough.
+_MANY_RANKS: Final = 64
 
 
 class _Neighbours(Operation):
@@ -159,7 +161,7 @@ class Barrier(Operation):
         """Whether a rank has left a barrier before all others had come: each tells all others before it enters."""
         comm = self.comm
         wrong = 0
-        for attempt in range(1, _BARRIER_CHECKS + 1):
+        for attempt in range(1, (_BARRIER_CHECKS if comm.size < _MANY_RANKS else 1) + 1):
             for peer in range(comm.size):
                 comm.signal(self.arrivals, 0, 1, peer=peer, op="add")
             comm.quiet()

@@ -29,6 +29,9 @@ from ..trace.record import Recorder
 
 #: A kernel waits at most this long before Python looks at signals, deadlines and the liveness of peers.
 SLICE_NS = 50_000_000
+#: With hundreds of ranks looking costs more: the slice grows with their number, up to this.
+_LONGEST_SLICE_NS = 500_000_000
+_SLICE_RANKS = 64
 #: While requests are under way a wait comes back this often to drive them on.
 PROGRESS_SLICE_NS = 200_000
 #: `reason` of the PeerDied that a wait for a rank ends with whose work was done.
@@ -91,6 +94,7 @@ class Core:
         self.segments_address: int = fabric.segments.ctypes.data
         self.controls_address: int = fabric.controls.ctypes.data
         self.op_timeout_s = require_timeout(op_timeout_s)
+        self.slice_ns = min(SLICE_NS * max(1, fabric.ranks // _SLICE_RANKS), _LONGEST_SLICE_NS)
         self.closed = False
         self._pid = os.getpid()
         #: Why no operation is possible any more although the session is not closed.
@@ -130,7 +134,7 @@ class Core:
 
     def until_ns(self, deadline_ns: int) -> int:
         """When a kernel is to return to Python, with `deadline_ns` as the end of the whole wait."""
-        slice_ns = SLICE_NS if self.progress is None else PROGRESS_SLICE_NS
+        slice_ns = self.slice_ns if self.progress is None else PROGRESS_SLICE_NS
         return min(deadline_ns, time.monotonic_ns() + slice_ns)
 
     def finish(
@@ -216,8 +220,10 @@ class Core:
         """Has the rank that is waited for left the session?"""
         if waiting.peer is not None:
             return waiting.peer != self.rank and self.fabric.state(waiting.peer) == STATE_LEFT
-        others = [self.fabric.state(r) == STATE_LEFT for r in range(self.size) if r != self.rank]
-        return bool(others) and (any(others) if waiting.everyone else all(others))
+        if self.size == 1:
+            return False
+        gone = self.fabric.count_left()
+        return gone > 0 if waiting.everyone else gone == self.size - 1
 
     def left(self, waiting: Waiting) -> PeerDied:
         """The error for a wait for a rank that has left."""

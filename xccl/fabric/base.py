@@ -96,6 +96,10 @@ class Fabric(ABC):
         """STATE_RUNNING, STATE_LEFT or STATE_FAILED."""
         return int(words.load(int(self.controls[rank]) + CTL_STATE))
 
+    def count_left(self) -> int:
+        """Number of other ranks that have left the session."""
+        return int(words.count_equal.call(self.controls.ctypes.data, self.ranks, CTL_STATE, STATE_LEFT, self.rank))
+
     def leave(self) -> None:
         """Say that this rank has done its work: its end is no failure. Wakes whoever waits for it in vain."""
         words.store(self.control + CTL_STATE, STATE_LEFT)

@@ -17,8 +17,12 @@ from .outcome import Outcome, raise_failure
 
 #: After a failure the other ranks get this long to end; a thread that computes can't be stopped.
 _GRACE_S = 1.0
-#: With many ranks in one interpreter a rank that returns from a kernel must not wait 5 ms for the lock.
+#: A rank that returns from a kernel must not wait 5 ms for the interpreter's lock. But each thread that waits for it
+#: wakes once in an interval to ask for it, so with hundreds of ranks a short one costs more than it saves: they get the
+#: lock in time anyway, since a rank gives it up with every kernel that it calls.
 _SWITCH_INTERVAL_S = 0.0005
+_MANY_RANKS = 16
+_LONGEST_SWITCH_INTERVAL_S = 0.1
 
 
 def run_threads(
@@ -58,7 +62,7 @@ def run_threads(
         threading.Thread(target=rank_main, args=(rank,), name=f"xccl rank {rank}", daemon=True) for rank in range(ranks)
     ]
     saved_interval_s = sys.getswitchinterval()
-    sys.setswitchinterval(min(saved_interval_s, _SWITCH_INTERVAL_S))
+    sys.setswitchinterval(_switch_interval_s(ranks))
     try:
         for thread in threads:
             thread.start()
@@ -76,6 +80,12 @@ def run_threads(
     for thread in threads:
         thread.join()
     return [outcomes[rank].value for rank in range(ranks)]
+
+
+def _switch_interval_s(ranks: int) -> float:
+    if ranks <= _MANY_RANKS:
+        return _SWITCH_INTERVAL_S
+    return min(_SWITCH_INTERVAL_S * ranks, _LONGEST_SWITCH_INTERVAL_S)
 
 
 def _collect(
