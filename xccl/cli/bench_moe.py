@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from xccl.cli.bench_data import CHECKED, TIMED, Array, TokenPool, clear, count_wrong, dtype_of
 from xccl.cli.bench_part import Operation, Part
-from xccl.cli.ledger import Ledger
+from xccl.cli.ledger import ORACLE_ROWS, Ledger
 from xccl.cli.options import BenchOptions, Case
 from xccl.comm import reference
+from xccl.comm.dispatched import Dispatched
 from xccl.comm.moe import ExpertParallel
 from xccl.protocol.routing import make_routing
 
@@ -24,7 +26,12 @@ if TYPE_CHECKING:
 
 _SCALE_BYTES: Final = 4
 #: Tokens that the oracle sums at once: it holds top_k rows of each.
-_ORACLE_TOKENS: Final = 128
+_ORACLE_TOKENS: Final = 4
+
+
+def _stripped(d: Dispatched) -> Dispatched:
+    """Enough of it for combine, without the rows."""
+    return replace(d, tokens=d.tokens[:0].copy(), scales=None)
 
 
 class Data:
@@ -79,6 +86,7 @@ class Moe(Operation):
         self.pool = self.data.pool
         self.factors = (1 + np.arange(options.experts) / options.experts).astype(np.float32)
         self.local_experts = options.experts // comm.size
+        self._outputs = np.zeros((0, options.hidden), self.dtype)
         self.ep = ExpertParallel(
             comm,
             num_experts=options.experts,
@@ -97,10 +105,11 @@ class Moe(Operation):
         sent = int(np.count_nonzero(topk_idx >= 0))
         hidden, itemsize = self.options.hidden, self.dtype.itemsize
         row_bytes = hidden + _SCALE_BYTES if self.quant == "int8" else hidden * itemsize
-        d = self.ep.dispatch(x, topk_idx)
-        received = len(d.tokens)
+        # Which rows come from where is kept; what they are is of no further use, and of hundreds of ranks much.
+        d = _stripped(self.ep.dispatch(x, topk_idx))
+        received = len(d.source)
         dispatch_bytes, combine_bytes = sent * row_bytes, received * hidden * itemsize
-        expert_out = self.expert_out(d)
+        expert_out = self.output_buffer(received)
 
         def round_trip() -> None:
             self.ep.combine(expert_out, self.ep.dispatch(x, topk_idx), weights)
@@ -111,7 +120,6 @@ class Moe(Operation):
         if self.options.op in ("dispatch", "moe"):
             yield part("dispatch", lambda: self.ep.dispatch(x, topk_idx), dispatch_bytes)
         if self.options.op in ("combine", "moe"):
-            d = self.ep.dispatch(x, topk_idx)
             yield part("combine", lambda: self.ep.combine(expert_out, d, weights), combine_bytes)
         if self.options.op == "moe":
             yield part("moe", round_trip, dispatch_bytes + combine_bytes)
@@ -121,11 +129,13 @@ class Moe(Operation):
         x, topk_idx, _ = self.inputs(tokens, TIMED)
         stale = self.ep.dispatch(x, topk_idx)
         clear(stale.tokens, stale.scales)
+        del stale
         x, topk_idx, weights = self.inputs(tokens, CHECKED)
         d = self.ep.dispatch(x, topk_idx)
         wrong = self.wrong_rows(d, tokens) if op != "combine" else 0
         if op != "dispatch":
-            y = self.ep.combine(self.expert_out(d), d, weights)
+            expert_out = self.expert_out(d)
+            y = self.ep.combine(expert_out, _stripped(d), weights)
             wrong += count_wrong(y, self.combined(x, topk_idx, weights))
         self.comm.barrier()
         return wrong
@@ -140,17 +150,29 @@ class Moe(Operation):
         )
         return self.pool.tokens(rank, data_round, tokens), self.data.routing(rank, tokens, data_round), weights
 
-    def expert_out(self, d: Any) -> Array:
-        """What the experts of this rank make of dispatched rows: [n, hidden] in dtype."""
-        values = d.tokens if d.scales is None else reference.dequantise(d.tokens, d.scales, self.dtype)
+    def output_buffer(self, rows: int) -> Array:
+        """[rows, hidden], of any content: one buffer for all outputs of this rank's experts."""
+        if len(self._outputs) < rows:
+            self._outputs = np.zeros((rows, self.options.hidden), self.dtype)
+        return self._outputs[:rows]
+
+    def expert_out(self, d: Dispatched) -> Array:
+        """What the experts of this rank make of dispatched rows: [n, hidden] in dtype; block by block."""
+        out = self.output_buffer(len(d.tokens))
         expert = self.comm.rank * self.local_experts + np.repeat(np.arange(self.local_experts), d.counts)
-        return self.apply_experts(values, expert)
+        for start in range(0, len(out), ORACLE_ROWS):
+            block = slice(start, start + ORACLE_ROWS)
+            values = d.tokens[block]
+            if d.scales is not None:
+                values = reference.dequantise(values, d.scales[block], self.dtype)
+            out[block] = self.apply_experts(values, expert[block])
+        return out
 
     def apply_experts(self, values: Array, expert: Array) -> Array:
         """The expert's work: each row times a factor of its expert."""
         return reference.round_to(values.astype(np.float32) * self.factors[expert][..., None], self.dtype)
 
-    def wrong_rows(self, d: Any, tokens: int) -> int:
+    def wrong_rows(self, d: Dispatched, tokens: int) -> int:
         """Wrong elements of a dispatch of the checked round."""
         first = self.comm.rank * self.local_experts
         ledger = self.data.ledger(tokens, CHECKED)

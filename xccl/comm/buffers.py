@@ -88,8 +88,8 @@ class BufferPool:
     """Memory for results, used again once the caller has dropped the last view of a result.
 
     A fresh allocation of megabytes costs a page fault every 4 KiB, more than the copy into it. Sizes are rounded up to
-    powers of two, and at most `keep` buffers of a size are kept. A buffer is free when nobody but the pool refers to
-    it: every view of a result, and every view of a view, holds the buffer itself as its base.
+    eighths of a power of two, and at most `keep` buffers of a size are kept. A buffer is free when nobody but the pool
+    refers to it: every view of a result, and every view of a view, holds the buffer itself as its base.
     """
 
     def __init__(self, keep: int = 4) -> None:
@@ -101,7 +101,9 @@ class BufferPool:
         n_bytes = math.prod(shape) * dtype.itemsize
         if n_bytes == 0:
             return np.empty(shape, dtype)
-        size_bytes = 1 << max(12, (n_bytes - 1).bit_length())
+        # Up to 12% more than asked for, so that results of about the same size share buffers.
+        step_bytes = 1 << max(12, (n_bytes - 1).bit_length() - 3)
+        size_bytes = -(-n_bytes // step_bytes) * step_bytes
         buffers = self._buffers.setdefault(size_bytes, [])
         for raw, start in buffers:
             if sys.getrefcount(raw) == _REFERENCES_OF_THE_POOL:
