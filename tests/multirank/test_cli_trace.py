@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from xccl.cli.bench_collectives import Collective
+from xccl.cli.bench_ops import BENCHMARKS
 from xccl.cli.described import describe_step
 from xccl.cli.main import main
 from xccl.cli.options import BenchOptions, Case
 from xccl.cli.projector import require_same
 from xccl.cli.results import Measurement
 from xccl.comm import reference
-from xccl.errors import ModelError
+from xccl.errors import ModelError, UsageError
 
 MOE = ["--ranks", "4", "--tokens", "6", "--hidden", "96", "--experts", "8", "--topk", "3", "--routing", "zipf"]
 APART = ["--attention", "2", "--experts", "3", "--tokens", "4", "--hidden", "32", "--topk", "2"]
+COLLECTIVES = [name for name, benchmark in BENCHMARKS.items() if benchmark.make is Collective]
 OPERATIONS = [
     ["put", "-e", "4K", "-f", "512"],
     ["get", "-e", "4K", "-f", "512"],
@@ -31,6 +34,12 @@ OPERATIONS = [
     ["combine", *MOE],
     ["a2e", *APART],
     ["e2a", *APART, "--route", "direct"],
+    # Parts in records, and in several steps; two steps where there are.
+    *([kind, "--ranks", "3", "-b", "48", "-e", "4M", "-f", "87381"] for kind in COLLECTIVES),
+    *(
+        [kind, "--ranks", "3", "-e", "256K", "-f", "32768", "--algorithm", "two-step"]
+        for kind in ("allreduce", "broadcast")
+    ),
 ]
 
 
@@ -105,6 +114,26 @@ def test_a_projection_that_fails_loses_no_measurement(
     (row,) = json.loads(path.read_text())["results"]
     assert (row["wrong"], row["projected"]) == (0, None)
     assert out.splitlines()[-1].split()[:3] == ["put", "2", "8"]
+
+
+def test_every_operation_is_tried_here() -> None:
+    assert {words[0] for words in OPERATIONS} == set(BENCHMARKS)
+
+
+@pytest.mark.parametrize("op", ["allreduce", "alltoall"])
+def test_collectives_whose_arrivals_are_counted(op: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """On more ranks than write to each other, where something ran, and where it is projected."""
+    words = ["--fabric", "local", "-n", "1", "-w", "0", "-b", "1K", "-e", "1K", "--json", "-"]
+    for ranks, target in (("40", "cm384"), ("4", "cm384@40")):
+        assert main(["bench", op, "--ranks", ranks, "--project", target, *words]) == 0
+        (row,) = json.loads(capsys.readouterr().out)["results"]
+        assert row["projected"]["ranks"] == 40
+        assert "await-arrivals" in row["projected"]["stages"]
+
+
+def test_what_has_no_description_is_not_taken_for_something_else() -> None:
+    with pytest.raises(UsageError, match="no description of teleport"):
+        describe_step(BenchOptions(op="teleport", ranks=2), Case(size_bytes=8), "teleport", 2)
 
 
 def test_what_ran_otherwise_is_not_projected() -> None:
@@ -216,6 +245,10 @@ def test_a_run_that_went_wrong_is_status_1(
         (["put", "--lanes", "3"], "--lanes means nothing to put"),
         (["moe", "--max-bytes", "8"], "--max-bytes means nothing to moe"),
         (["moe", "--attention", "1"], "--attention means nothing to moe"),
+        (["put", "--algorithm", "mesh"], "--algorithm means nothing to put"),
+        (["alltoallv", "--algorithm", "mesh"], "--algorithm means nothing to alltoallv"),
+        (["allgather", "--reduction", "max"], "--reduction means nothing to allgather"),
+        (["allgather", "--model", "--algorithm", "two-step"], "algorithm of allgather must be one of auto, mesh"),
         (["barrier", "--dtype", "fp16"], "--dtype means nothing to barrier"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -41,6 +41,13 @@ class Pool:
         return found
 
 
+def part_elements(kind: Kind, size_bytes: int, item_bytes: int, ranks: int) -> int:
+    """Elements of a part: of what a rank has for one rank, or for all."""
+    flow = FLOWS[kind]
+    places = ranks if flow.parts or flow.keeps else 1
+    return max(size_bytes // (item_bytes * places), 1)
+
+
 @lru_cache(maxsize=4)
 def _pool(options: BenchOptions, largest: int) -> Pool:
     return Pool(options, largest)
@@ -69,7 +76,7 @@ class Collective(Operation):
 
     def _count(self, case: Case) -> int:
         """Elements of a part."""
-        return max((case.size_bytes or 0) // (self.dtype.itemsize * self.places), 1)
+        return part_elements(self.kind, case.size_bytes or 0, self.dtype.itemsize, self.options.ranks)
 
     def parts(self, case: Case) -> Iterator[Part]:
         """One row."""

@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from xccl.cli.bench_collectives import part_elements
 from xccl.cli.deployment import Deployment
 from xccl.cli.options import BenchOptions, Case
 from xccl.comm import reference
 from xccl.errors import UsageError
 from xccl.layout.dtypes import CODE_BY_NAME, DTYPE_OF
+from xccl.layout.ring import MAX_LANES
 from xccl.model.project import whole_experts
-from xccl.protocol import a2e, moe, onesided, p2p
+from xccl.protocol import a2e, collectives, moe, onesided, p2p
+from xccl.protocol.collectives import FLOWS, Kind
 from xccl.protocol.counts import RoutingCounts
 from xccl.protocol.routing import make_routing
 from xccl.protocol.stage import Description
@@ -37,6 +40,9 @@ def describe_step(
         UsageError: the work has no description on so many ranks.
     """
     if case.size_bytes is not None:
+        kind = op.replace("-", "_")
+        if kind in FLOWS:
+            return [_collective(options, kind, case.size_bytes, ranks)]
         return _between_neighbours(op, case.size_bytes, ranks, options.lanes)
     if case.tokens is None:
         return [onesided.barrier(ranks, releasing)]
@@ -83,7 +89,20 @@ def _between_neighbours(op: str, n_bytes: int, ranks: int, lanes: int) -> list[D
         return [onesided.get(ranks, following, here, n_bytes)]
     if op == "put-signal":
         return [onesided.put_signal(ranks, here, following, n_bytes), onesided.wait_until(ranks, here)]
-    return [p2p.send_recv(ranks, here, following, n_bytes, lanes=lanes)]
+    if op == "sendrecv":
+        return [p2p.send_recv(ranks, here, following, n_bytes, lanes=lanes)]
+    raise UsageError(f"there is no description of {op} yet", value=op)
+
+
+def _collective(options: BenchOptions, kind: Kind, size_bytes: int, ranks: int) -> Description:
+    """A collective of that size; as in dispatch and combine, all lanes of a die take part."""
+    item_bytes = DTYPE_OF[CODE_BY_NAME[options.dtype]].itemsize
+    n_bytes = part_elements(kind, size_bytes, item_bytes, ranks) * item_bytes
+    if kind == "alltoallv":
+        return collectives.alltoallv(np.full((ranks, ranks), n_bytes), lanes=MAX_LANES)
+    return collectives.describe(
+        kind, ranks, n_bytes, item_bytes=item_bytes, algorithm=options.algorithm, lanes=MAX_LANES
+    )  # fmt: skip
 
 
 def _apart(options: BenchOptions, tokens: int, op: str, ranks: int) -> Description:

@@ -15,6 +15,7 @@ from xccl.cli.deployment import Deployment
 from xccl.cli.options import BenchOptions, Case, add_work_options, bench_options, check_writable
 from xccl.cli.parsing import refuse_given
 from xccl.errors import UsageError
+from xccl.protocol.collectives import FLOWS
 
 if TYPE_CHECKING:
     from xccl.cli.bench_ops import Benchmark
@@ -106,6 +107,11 @@ def _refuse_foreign(parser: argparse.ArgumentParser, args: argparse.Namespace, b
     if args.model is not None and not args.both:
         refuse_given(parser, args, _RUNNING, "is for a run: with --model nothing runs, unless --both is given")
     foreign: tuple[str, ...] = () if args.op == "sendrecv" else ("lanes",)
+    flow = FLOWS.get(args.op.replace("-", "_"))
+    if flow is None or args.op == "alltoallv":
+        foreign += ("algorithm",)
+    if flow is None or not flow.reduces:
+        foreign += ("reduction",)
     if benchmark.sweep != "bytes":
         foreign += _SIZED
     if benchmark.sweep != "tokens":
