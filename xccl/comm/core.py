@@ -29,6 +29,8 @@ from ..trace.record import Recorder
 
 #: A kernel waits at most this long before Python looks at signals, deadlines and the liveness of peers.
 SLICE_NS = 50_000_000
+#: More ranks than this look up less often, each in proportion: hundreds on a few cores would come to nothing else.
+_RANKS_AT_FULL_RATE = 16
 #: While requests are under way a wait comes back this often to drive them on.
 PROGRESS_SLICE_NS = 200_000
 #: `reason` of the PeerDied that a wait for a rank ends with whose work was done.
@@ -92,6 +94,7 @@ class Core:
         self.controls_address: int = fabric.controls.ctypes.data
         self.op_timeout_s = require_timeout(op_timeout_s)
         self.closed = False
+        self._slice_ns = SLICE_NS * max(1, self.size // _RANKS_AT_FULL_RATE)
         self._pid = os.getpid()
         #: Why no operation is possible any more although the session is not closed.
         self.broken: str | None = None
@@ -130,7 +133,7 @@ class Core:
 
     def until_ns(self, deadline_ns: int) -> int:
         """When a kernel is to return to Python, with `deadline_ns` as the end of the whole wait."""
-        slice_ns = SLICE_NS if self.progress is None else PROGRESS_SLICE_NS
+        slice_ns = self._slice_ns if self.progress is None else PROGRESS_SLICE_NS
         return min(deadline_ns, time.monotonic_ns() + slice_ns)
 
     def finish(
@@ -216,8 +219,8 @@ class Core:
         """Has the rank that is waited for left the session?"""
         if waiting.peer is not None:
             return waiting.peer != self.rank and self.fabric.state(waiting.peer) == STATE_LEFT
-        others = [self.fabric.state(r) == STATE_LEFT for r in range(self.size) if r != self.rank]
-        return bool(others) and (any(others) if waiting.everyone else all(others))
+        left = int(words.count_equal.call(self.controls_address, self.size, CTL_STATE, STATE_LEFT))
+        return left > 0 if waiting.everyone else left == self.size - 1 > 0
 
     def left(self, waiting: Waiting) -> PeerDied:
         """The error for a wait for a rank that has left."""

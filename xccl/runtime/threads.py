@@ -17,8 +17,11 @@ from .outcome import Outcome, raise_failure
 
 #: After a failure the other ranks get this long to end; a thread that computes can't be stopped.
 _GRACE_S = 1.0
-#: With many ranks in one interpreter a rank that returns from a kernel must not wait 5 ms for the lock.
+#: With several ranks in one interpreter a rank that returns from a kernel must not wait 5 ms for the lock.
 _SWITCH_INTERVAL_S = 0.0005
+#: Each rank that waits for the lock wakes once in an interval to ask for it: hundreds need longer ones.
+_MANY_RANKS = 64
+_SWITCH_INTERVAL_OF_MANY_S = 0.02
 
 
 def run_threads(
@@ -58,7 +61,7 @@ def run_threads(
         threading.Thread(target=rank_main, args=(rank,), name=f"xccl rank {rank}", daemon=True) for rank in range(ranks)
     ]
     saved_interval_s = sys.getswitchinterval()
-    sys.setswitchinterval(min(saved_interval_s, _SWITCH_INTERVAL_S))
+    sys.setswitchinterval(_switch_interval_s(ranks, saved_interval_s))
     try:
         for thread in threads:
             thread.start()
@@ -76,6 +79,10 @@ def run_threads(
     for thread in threads:
         thread.join()
     return [outcomes[rank].value for rank in range(ranks)]
+
+
+def _switch_interval_s(ranks: int, usual_s: float) -> float:
+    return _SWITCH_INTERVAL_OF_MANY_S if ranks > _MANY_RANKS else min(usual_s, _SWITCH_INTERVAL_S)
 
 
 def _collect(
