@@ -7,7 +7,7 @@ the expert dies take one domain after the other. The experts' work is not timed.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from xccl.cli.bench_data import CHECKED, TIMED, Array, TokenPool, count_wrong, dtype_of
 from xccl.cli.bench_part import Operation, Part
 from xccl.cli.deployment import Deployment
-from xccl.cli.ledger import ORACLE_ROWS, Ledger
+from xccl.cli.ledger import Ledger, oracle_rows
 from xccl.cli.options import BenchOptions, Case
 from xccl.comm import reference
 from xccl.comm.a2e import Disaggregated
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _SCALE_BYTES: Final = 4
 _ROUNDS: Final = 2
+#: Deadlines of waits in a check are so many times longer.
+_ORACLE_PATIENCE: Final = 20
 
 Ints = npt.NDArray[np.int64]
 
@@ -122,6 +124,7 @@ class A2E(Operation):
             domains=d.domains,
             microbatches=d.microbatches,
         )
+        self._oracle_rows = oracle_rows(options.hidden)
         #: One buffer for the outputs of a die's experts: with hundreds of dies each more would count.
         self._outputs = np.zeros((0, options.hidden), self.dtype)
 
@@ -129,7 +132,17 @@ class A2E(Operation):
         """One row."""
         tokens = case.tokens or 0
         make = self._attention_part if self.dis.role == "attention" else self._expert_part
-        yield make(self.options.op, tokens)
+        part = make(self.options.op, tokens)
+        yield replace(part, check=partial(self._patiently, part.check))
+
+    def _patiently(self, check: Callable[[], int]) -> int:
+        """Run a check: dies wait for the oracles of all others, which is no sign of trouble."""
+        usual_s = self.comm.op_timeout_s
+        self.comm.op_timeout_s = _ORACLE_PATIENCE * usual_s
+        try:
+            return check()
+        finally:
+            self.comm.op_timeout_s = usual_s
 
     # --- attention dies -----------------------------------------------------------------------------------------------
 
@@ -174,8 +187,8 @@ class A2E(Operation):
         if d.shared:
             weights = np.concatenate([weights, np.ones((len(weights), 1), np.float32)], axis=1)
         wrong = 0
-        for start in range(0, len(x), ORACLE_ROWS):
-            block = slice(start, start + ORACLE_ROWS)
+        for start in range(0, len(x), self._oracle_rows):
+            block = slice(start, start + self._oracle_rows)
             values = self._as_experts_see(x[block])
             rows = np.broadcast_to(values[:, None], (*idx[block].shape, self.options.hidden))
             outs = self._experts(rows, idx[block])
@@ -227,6 +240,7 @@ class A2E(Operation):
                     wrong += self._wrong_rows(batch, self.data.ledger(domain, tokens, data_round))
                 else:
                     self.dis.e2a(self._expert_out(batch), batch)
+                del batch  # before the next one comes: with hundreds of dies each more would count
         self.comm.barrier()
         return wrong
 
@@ -239,8 +253,8 @@ class A2E(Operation):
         """What this die's experts make of a batch."""
         out = self._output_buffer(len(batch.tokens))
         expert = (self.dis.first_expert or 0) + np.repeat(np.arange(self.dis.local_experts), batch.counts)
-        for start in range(0, len(out), ORACLE_ROWS):
-            block = slice(start, start + ORACLE_ROWS)
+        for start in range(0, len(out), self._oracle_rows):
+            block = slice(start, start + self._oracle_rows)
             values = batch.tokens[block]
             if batch.scales is not None:
                 values = reference.dequantise(values, batch.scales[block], self.dtype)

@@ -14,7 +14,7 @@ import numpy as np
 
 from xccl.cli.bench_data import CHECKED, TIMED, Array, TokenPool, clear, count_wrong, dtype_of
 from xccl.cli.bench_part import Operation, Part
-from xccl.cli.ledger import ORACLE_ROWS, Ledger
+from xccl.cli.ledger import Ledger, oracle_rows
 from xccl.cli.options import BenchOptions, Case
 from xccl.comm import reference
 from xccl.comm.dispatched import Dispatched
@@ -160,8 +160,9 @@ class Moe(Operation):
         """What the experts of this rank make of dispatched rows: [n, hidden] in dtype; block by block."""
         out = self.output_buffer(len(d.tokens))
         expert = self.comm.rank * self.local_experts + np.repeat(np.arange(self.local_experts), d.counts)
-        for start in range(0, len(out), ORACLE_ROWS):
-            block = slice(start, start + ORACLE_ROWS)
+        at_once = oracle_rows(self.options.hidden)
+        for start in range(0, len(out), at_once):
+            block = slice(start, start + at_once)
             values = d.tokens[block]
             if d.scales is not None:
                 values = reference.dequantise(values, d.scales[block], self.dtype)

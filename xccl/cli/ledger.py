@@ -12,10 +12,15 @@ from xccl.cli.bench_data import Array, TokenPool, count_wrong
 from xccl.comm import reference
 from xccl.layout.moe import SOURCE_DTYPE
 
-#: Rows that the oracle looks at at once: they fit a cache.
-ORACLE_ROWS: Final = 16
+#: Elements that the oracle looks at at once: they fit a cache.
+_ORACLE_ELEMENTS: Final = 1 << 15
 
 Ints = npt.NDArray[np.int64]
+
+
+def oracle_rows(hidden: int) -> int:
+    """Rows of so many elements that the oracle looks at at once."""
+    return max(1, _ORACLE_ELEMENTS // hidden)
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,9 @@ class Ledger:
         places = self.places[mine]
         if len(batch.tokens) != len(places):
             return wrong + max(int(batch.tokens.size), 1)
-        for start in range(0, len(places), ORACLE_ROWS):
-            block = slice(start, start + ORACLE_ROWS)
+        at_once = oracle_rows(batch.tokens.shape[1])
+        for start in range(0, len(places), at_once):
+            block = slice(start, start + at_once)
             tokens = pool.at(places[block])
             scales = None
             if is_int8:

@@ -25,6 +25,10 @@ from .managed import Part, Reservation
 from .moe_input import bad_choice, check_tokens, check_weights
 from .steps import Steps
 
+#: Where outputs land before they are summed: top_k times what remains of them, needed for a moment, and shared by all
+#: dies that are threads of one process.
+_LANDINGS = BufferPool()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class A2EHandle:
@@ -159,15 +163,14 @@ class AttentionDie:
         self._check_same(routing)
         steps(f"{self._prefix}pull")
         rows = int(routing.part(moe_layout.RT_SENT_FIRST, shape.num_experts + 1)[-1])
-        # Memory for a moment only: kept, it would be top_k times the outputs.
-        landing = np.empty((rows, shape.hidden), shape.dtype)
+        landing = _LANDINGS.take((rows, shape.hidden), shape.dtype)
         peers, count = self._peers.address, len(self._peers)
         kernels.attention_pull.call(
-            self._address, routing.address, peers, count, self._index % count, self._outputs, landing.ctypes.data
+            self._address, routing.address, peers, count, self._index % count, self._outputs, address_of(landing)
         )
         y: npt.NDArray[Any] = self._pool.take((handle.tokens, shape.hidden), shape.dtype)
         kernels.attention_reduce.call(
-            self._address, routing.address, landing.ctypes.data, address_of(weights), address_of(y)
+            self._address, routing.address, address_of(landing), address_of(weights), address_of(y)
         )
         steps(f"{self._prefix}release")
         field_kernels.release.call(peers, count, self._index % count, epoch)

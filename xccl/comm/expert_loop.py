@@ -9,8 +9,7 @@ While the experts compute batch n, batch n + 1 is received (and forwarded, by a 
 sent. The two directions share no state (see `xccl.comm.a2e_experts`), so they need no lock. Order is that of the A2Es
 in each stream, so results are those of the plain loop, to the bit.
 
-A stream that fails stops the others: waits for each other end at once, waits for peers at the end of their slice of 50
-ms.
+A stream that fails stops the others: waits for each other end at once, waits for peers at the end of their slice.
 """
 
 from __future__ import annotations
@@ -145,7 +144,9 @@ class _Run:
             threading.Thread(target=self._guarded, args=(stream,), name=f"{threading.current_thread().name} {name}")
             for name, stream in (("A2E in", lambda: self._receive(batches)), ("E2A out", self._send))
         ]
-        self._die.waiter_in.on_slice = self._die.waiter_out.on_slice = self._check
+        waiters = (self._die.waiter_in, self._die.waiter_out)
+        for waiter in waiters:
+            waiter.on_slice, waiter.alone = self._check, False
         served = 0
 
         def compute() -> None:
@@ -163,7 +164,8 @@ class _Run:
             for stream in streams:
                 if stream.ident is not None:
                     stream.join()
-            self._die.waiter_in.on_slice = self._die.waiter_out.on_slice = None
+            for waiter in waiters:
+                waiter.on_slice, waiter.alone = None, True
         if self._first_error is not None:
             raise self._first_error
         return served

@@ -20,6 +20,11 @@ No wake-up is lost (Dekker's argument; SYNC POINT doorbell): the waiter raises `
 writer stores the word, then reads `waiters`; both with a full fence in between. Either the waiter sees the word, or the
 writer sees the waiter and raises the doorbell, and then FUTEX_WAIT with the old `seq` returns at once.
 
+A wait for one word alone may say which: its rank stores the word's offset in `awaited` before it counts itself as a
+waiter, and `ring_for` does not wake it for another one. Nothing is lost, by the same argument: a writer that reads an
+older `awaited` has published its word before the waiter, which stores `awaited` first, looks at it. The rank takes
+`awaited` back when the word has come. Only one thread of a rank may do so at a time.
+
 A wait is cut into slices: at the time `until_ns`, or when a signal arrives, `relax` gives up with SLICE, and Python
 looks at signals, deadlines and the liveness of peers before it calls again. Wake-ups for something else do not prolong
 a slice. An abort of the session ends the wait with ABORTED. A rank that is killed while it is counted as a waiter
@@ -37,7 +42,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from ..layout.segment import CTL_ABORT, CTL_ARMED_SEQ, CTL_DOORBELL, CTL_PAUSES, CTL_WAITERS, CTL_YIELDS
+from ..layout.segment import CTL_ABORT, CTL_ARMED_SEQ, CTL_AWAITED, CTL_DOORBELL, CTL_PAUSES, CTL_WAITERS, CTL_YIELDS
 from ._jit import device, kernel
 from .atomics import I64, compare_and_swap, cpu_pause, fence_seq_cst, fetch_add, load_acquire, load_i64, store_i64
 
@@ -119,6 +124,19 @@ def ring(control: int) -> None:
     fence_seq_cst()
     if load_acquire(control + CTL_WAITERS) > 0:
         wake(control)
+
+
+@device
+def ring_for(control: int, offset: int) -> None:
+    """`ring` after publishing the word at this offset of that rank's segment: not if it waits for another word alone.
+
+    A rank that waits for words of hundreds of peers, one after the other, would be woken by each of them otherwise.
+    """
+    fence_seq_cst()
+    if load_acquire(control + CTL_WAITERS) > 0:
+        awaited = load_acquire(control + CTL_AWAITED)
+        if awaited == 0 or awaited == offset:
+            wake(control)
 
 
 @device

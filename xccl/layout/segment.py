@@ -27,7 +27,7 @@ from .ring import FIELD_BYTES, MAX_LANES, REFUSAL_BYTES, SLOT_HEADER_BYTES
 #: "XCCLSEG1" as a little-endian integer.
 MAGIC = int.from_bytes(b"XCCLSEG1", "little")
 #: Raised with every change of any layout.
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 PAGE_BYTES = 4096
 
 HEADER = Record("segment header", "Written once by the owner; `ready` is published last (SYNC POINT segment-ready).")
@@ -60,6 +60,9 @@ CONTROL = Record(
 CTL_DOORBELL = CONTROL.add("doorbell", 8, "raised by peers while the rank sleeps; the futex is its low half")
 CTL_WAITERS = CONTROL.add(
     "waiters", 8, "number of threads of this rank that sleep or are about to", align=HOT_LINE_BYTES
+)
+CTL_AWAITED = CONTROL.add(
+    "awaited", 8, "offset in the segment of the only word that the rank waits for, 0 if there may be others"
 )
 CTL_ABORT = CONTROL.add("abort", 8, "0, or why the session ended: kind << 32 | rank", align=HOT_LINE_BYTES)
 CTL_BARRIER_ARRIVALS = CONTROL.add(
