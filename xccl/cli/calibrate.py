@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from xccl._version import __version__
 from xccl.cli.parsing import whole_number
 from xccl.errors import UsageError
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from xccl.cli.host_samples import Figure, Samples
-    from xccl.comm.communicator import Communicator
-    from xccl.model.machine import Machine
-
 _HOST: Final = "host"
-_TIMEOUT_S: Final = 600.0
-#: With --check: what the model must predict.
-_TOKENS: Final = (8, 32, 128)
-_HIDDEN: Final = (2048, 7168)
-_EXPERTS: Final = 32
-_TOP_K: Final = 8
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
@@ -81,15 +68,16 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _calibrate_host(args: argparse.Namespace) -> int:
+    from xccl.cli.environment import usable_cores
     from xccl.cli.host_profile import host_machine
-    from xccl.cli.host_samples import figures
+    from xccl.cli.host_run import measure_host, print_check, print_noise
     from xccl.model.machine import host_path, profile_text
-    from xccl.runtime import launch
 
-    reports = launch(_measure, 2, args=(args.rounds, args.check), timeout_s=_TIMEOUT_S)
-    primitives = figures([of_rank for of_rank, _ in reports])
-    machine = host_machine({name: figure.mid_us for name, figure in primitives.items()})
     path = Path(args.output) if args.output else host_path()
+    _require_writable(path)
+    cores = usable_cores()
+    primitives, checks = measure_host(args.rounds, primitives=True, check=args.check)
+    machine = host_machine({name: figure.mid_us for name, figure in primitives.items()}, cores)
     _write(path, profile_text(machine))
     print(f"# xccl {__version__} calibrate: this machine, 2 ranks, medians of {args.rounds} rounds")
     for parameter in machine.parameters.values():
@@ -97,54 +85,22 @@ def _calibrate_host(args: argparse.Namespace) -> int:
             curve = "".join(f" {value:.3g}@{int(n_bytes) >> 10}K" for n_bytes, value in parameter.curve)
             print(f"  {parameter.name:<28} {curve or f' {parameter.value:.4g}'}")
     print(f"# {path}")
-    _print_noise(primitives)
+    print_noise(primitives)
+    if cores < 2:
+        print("# the ranks share one core: figures are those of ranks that take turns")
     if args.check:
-        _print_check(machine, figures([of_rank for _, of_rank in reports]))
-    sys.stdout.flush()
+        print_check(machine, checks)
     return 0
 
 
-def _measure(comm: Communicator, rounds: int, check: bool) -> tuple[list[Samples], list[Samples]]:
-    """What one rank runs: rounds of primitives, and between them dispatch and combine, if they are to be checked."""
-    from xccl.cli.host_measure import HostMeter, pin
-    from xccl.cli.host_moe import HostMoe
-
-    pin(comm.rank)
-    meter = HostMeter(comm)
-    meter.round()  # pages are touched, kernels and caches warm
-    shapes = [(hidden, quant, tokens) for hidden in _HIDDEN for quant in ("none", "int8") for tokens in _TOKENS]
-    operations = [HostMoe(comm, *shape, experts=_EXPERTS, top_k=_TOP_K) for shape in shapes] if check else []
-    primitives, checks = [], []
-    for _ in range(rounds):
-        primitives.append(meter.round())
-        checks.append({name: times for one in operations for name, times in one.round().items()})
-    return primitives, checks
-
-
-def _print_noise(found: Mapping[str, Figure]) -> None:
-    spreads = sorted(figure.spread for figure in found.values())
-    undisturbed = sum(figure.undisturbed for figure in found.values()) / len(found)
-    print(f"# rounds differ by {spreads[len(spreads) // 2]:.1%} (median); {undisturbed:.0%} of samples undisturbed")
-
-
-def _print_check(machine: Machine, found: Mapping[str, Figure]) -> None:
-    """Measured dispatch and combine beside what the primitives predict; the slowest rank counts."""
-    from xccl.cli.host_moe import describe
-    from xccl.model.project import project
-
-    titles = f"{'op':>9} {'quant':>5} {'tokens':>6} {'hidden':>6} {'measured':>9} {'noise':>6} {'predicted':>9}"
-    print(f"# {titles} {'error':>7}  (p50, us)")
-    errors: list[float] = []
-    for name, figure in found.items():
-        operation, quant, tokens, hidden = name.split()
-        described = describe(operation, int(hidden), quant, int(tokens), experts=_EXPERTS, top_k=_TOP_K)
-        predicted_us = project(described, machine).time_us
-        errors.append(predicted_us / figure.p50_us - 1)
-        figures = f"{figure.p50_us:>9.1f} {figure.spread:>6.1%} {predicted_us:>9.1f} {errors[-1]:>+7.1%}"
-        print(f"  {operation:>9} {quant:>5} {tokens:>6} {hidden:>6} {figures}")
-    _print_noise(found)
-    sizes = [abs(error) for error in errors]
-    print(f"# worst {max(sizes):.1%}, mean {sum(sizes) / len(sizes):.1%}")
+def _require_writable(path: Path) -> None:
+    """Before anything is measured: UsageError if the profile could not be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"cannot write {path}: it is a directory, or not yours to write", value=str(path))
 
 
 def _write(path: Path, text: str) -> None:

@@ -46,7 +46,7 @@ PAYLOADS: Final = 4
 PINGS: Final = 20
 #: Undisturbed samples of each figure in a round, and when to go on without them.
 _WANTED: Final = 16
-_LIMIT_S: Final = 0.6
+_LIMIT_S: Final = 0.5
 _AT_LEAST: Final = onesided.COMPARISONS["ge"]
 _PYTHON_TOKENS: Final = 8
 _PYTHON_EXPERTS: Final = 32
@@ -69,8 +69,9 @@ class HostMeter:
         area, inbox = comm.empty((largest,), np.uint8), comm.empty((largest // 2,), np.uint8)
         self._own: int = area.addresses[comm.rank]
         self._peer: int = area.addresses[peer]
-        #: Where the peer takes puts; not where it writes its own rows, which a protocol's peers only read.
-        self._inbox: int = inbox.addresses[peer]
+        #: Where each rank takes puts; not where it writes its own rows, which a protocol's peers only read.
+        self._inbox: int = inbox.addresses[comm.rank]
+        self._peer_inbox: int = inbox.addresses[peer]
         rng = np.random.default_rng(comm.rank)
         values = rng.standard_normal(largest // 2, np.float32).astype(ml_dtypes.bfloat16)
         self._keep: list[Any] = [area, inbox, values, _touched(largest), _touched(largest), np.zeros(16, np.int64)]
@@ -106,7 +107,10 @@ class HostMeter:
         return [{f"copy {size}": write}, {f"sum {size}": sum_get, f"local_sum {size}": local_sum}]
 
     def _put(self, size: int) -> list[Steps]:
-        return [{f"put {size}": partial(onesided.copy.call, self._inbox, self._tokens, size // 2)}]
+        """Each rank puts to the other one, and then reads what was put to it: the next put finds it read."""
+        half, copy = size // 2, onesided.copy.call
+        put = partial(copy, self._peer_inbox, self._tokens, half)
+        return [{f"put {size}": put}, {f"take {size}": partial(copy, self._result, self._inbox, half)}]
 
     def _sum(self, source: int, n_rows: int) -> Callable[[], object]:
         n_sums = n_rows // COPIES
@@ -157,6 +161,7 @@ class _Python:
         self._x = np.zeros((_PYTHON_TOKENS, HIDDEN), ml_dtypes.bfloat16)
         self._weights = np.zeros((_PYTHON_TOKENS, COPIES), np.float32)
         self._pool = BufferPool()
+        self._kept: tuple[object, ...] = ()
 
     def wait(self) -> None:
         """A wait for words of two ranks that are there."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _RANKS = 2
 #: Undisturbed iterations in a round, and when to go on without them.
 _WANTED = 15
-_LIMIT_S = 1.5
+_LIMIT_S = 1.0
 
 
 def describe(operation: str, hidden: int, quant: str, tokens: int, *, experts: int, top_k: int) -> Description:

@@ -12,24 +12,25 @@ from xccl.model.machine import HOST, Machine, Parameter
 _WAITED: Final = 2
 #: A difference of two times may come out as next to nothing; it is taken to be at least this part of the longer one.
 _LEAST: Final = 0.02
-#: What is no limit here: rates are measured with all cores at work.
+#: What is no limit here.
 _UNLIMITED_GBPS: Final = 1e6
 
 
-def host_machine(times_us: Mapping[str, float]) -> Machine:
+def host_machine(times_us: Mapping[str, float], cores: int) -> Machine:
     """The profile of this machine.
 
     Args:
-        times_us: median of each step of `HostMeter.round`, in microseconds.
+        times_us: of each step of `HostMeter.round`, in microseconds.
+        cores: a rank has one; there is no model of ranks that share cores.
     """
-    return Machine(HOST, "this machine, a rank a core", _Profile(times_us).parameters, {})
+    return Machine(HOST, "this machine, a rank a core", _Profile(times_us, cores).parameters, {})
 
 
 class _Profile:
-    def __init__(self, times_us: Mapping[str, float]) -> None:
+    def __init__(self, times_us: Mapping[str, float], cores: int) -> None:
         self._times_us = times_us
         self.parameters: dict[str, Parameter] = {}
-        self._add_what_there_is_not()
+        self._add_what_there_is_not(cores)
         self._add_rows()
         self._add_work()
         self._add_python()
@@ -51,10 +52,10 @@ class _Profile:
         found = (name.rpartition(" ") for name in self._times_us if " " in name)
         return {int(size): self._times_us[f"{step} {size}"] for name, _, size in found if name == step}
 
-    def _add_what_there_is_not(self) -> None:
-        for name, value in {"dies_per_chip": 1, "chips_per_node": 1 << 10, "nodes": 1, "planes": 1}.items():
-            self._add(f"topology.{name}", value, "ranks of one machine")
-        unlimited = "not a limit: rates are measured with all cores at work"
+    def _add_what_there_is_not(self, cores: int) -> None:
+        for name, value in {"dies_per_chip": 1, "chips_per_node": max(cores, 2), "nodes": 1, "planes": 1}.items():
+            self._add(f"topology.{name}", value, "a rank has a core of one machine")
+        unlimited = "not a limit: rates are measured with both ranks at work"
         for name in ("link.bandwidth_gbps", "link.uplink_gbps", "chip.bandwidth_gbps", "hbm.bandwidth_gbps"):
             self._add(name, _UNLIMITED_GBPS, unlimited)
         for name in ("pair_efficiency", "node_efficiency", "fabric_efficiency"):
@@ -101,7 +102,7 @@ class _Profile:
         self._measured("sync.poll_us", _beyond(self._times_us["wait"], call_us) / _WAITED, "a wait for what is there")
         trip_us = self._times_us["trip"] / PINGS / 2
         self._measured("sync.post_us", _beyond(trip_us, call_us), "half a round trip of a signal, beyond its call")
-        self._measured("sync.signal_us", 0.0, "part of sync.post_us")
+        self._add("sync.signal_us", 0.0, "part of sync.post_us")
         self._measured("kernel.launch_us", self._times_us["launch"], "checks of two arguments, an array for the result")
         what = "a record and arrays for another kind of payload, as it is written or read"
         self._measured("kernel.payload_us", self._times_us["payloads"] / PAYLOADS, what)

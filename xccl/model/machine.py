@@ -107,6 +107,13 @@ class Machine:
         """The parameters that calibration fits."""
         return [p for p in self.parameters.values() if p.is_free]
 
+    def scaled(self, name: str, factor: float) -> Machine:
+        """The same machine with one figure, and its curve if it has one, times a factor."""
+        old = self.parameters[name]
+        curve = tuple((n_bytes, factor * rate) for n_bytes, rate in old.curve)
+        new = replace(old, value=factor * old.value, curve=curve)
+        return replace(self, parameters={**self.parameters, name: new})
+
     def with_values(self, values: Mapping[str, float]) -> Machine:
         """The same machine with other figures.
 
