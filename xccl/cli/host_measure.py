@@ -2,38 +2,54 @@
 
 Every block is freshly written by its owner before it is read, since that is how a protocol finds it: in the caches of
 the core that wrote it. Both ranks measure at the same time, so that each figure is that of a core beside a busy one.
+What Python costs is measured between copies, too, which take its objects and code out of the nearest caches.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from statistics import median
-from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final
 
 import ml_dtypes
 import numpy as np
 
-from xccl.comm.buffers import address_of
-from xccl.kernels import onesided, rows
+from xccl.cli.host_samples import Samples, Steps, Stopwatch
+from xccl.comm.buffers import BufferPool, address_of
+from xccl.comm.core import Waiting
+from xccl.comm.dispatched import Routing
+from xccl.comm.moe_input import check_outputs, check_weights
+from xccl.comm.symmetric import Signals
+from xccl.kernels import onesided, rows, words
 from xccl.layout.dtypes import BF16
+from xccl.layout.moe import SOURCE_DTYPE
 
 if TYPE_CHECKING:
     from xccl.comm.communicator import Communicator
 
-#: Working sets of the curves; MoE layers of a few tokens up to hundreds move so much.
-SIZES: Final = (256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20, 8 << 20, 16 << 20)
-_HIDDEN: Final = 7168
-_ROW_BYTES: Final = 2 * _HIDDEN
-_SUMMED_HIDDEN: Final = (_HIDDEN, 2048)
-_SMALL_ROW_BYTES: Final = 64
-_COPIES: Final = 8
-_PINGS: Final = 200
-_LARGE_BYTES: Final = 4 << 20
-_CYCLES_SMALL: Final = 14
-_CYCLES_LARGE: Final = 6
+#: Working sets of the curves: MoE layers of a few tokens up to hundreds move so much.
+SIZES: Final = tuple(1 << k for k in range(16, 25))
+ROW_BYTES: Final = 4096
+HIDDEN: Final = ROW_BYTES // 2
+#: Rows that repeat a token in a dispatch, and rows that are summed in a combine.
+COPIES: Final = 8
+#: Rows of the measurement that tells what a row costs besides its bytes, and bytes of each.
+SMALL_ROWS: Final = 1024
+SMALL_ROW_BYTES: Final = 64
+#: Tokens that fit into the nearest cache with what becomes of them, and how often they are worked on.
+NEAR_TOKENS: Final = 4
+NEAR_TIMES: Final = 16
+#: Kinds of payload of which a record and arrays are kept, each written and read: places and counts.
+PAYLOADS: Final = 4
+#: Ping-pongs in a sample.
+PINGS: Final = 20
+#: Undisturbed samples of each figure in a round, and when to go on without them.
+_WANTED: Final = 16
+_LIMIT_S: Final = 0.5
+_AT_LEAST: Final = onesided.COMPARISONS["ge"]
+_PYTHON_TOKENS: Final = 8
+_PYTHON_EXPERTS: Final = 32
 
 
 def pin(rank: int) -> None:
@@ -46,130 +62,136 @@ class HostMeter:
     """Measures one rank's share of a machine; made and called by both ranks of a session together."""
 
     def __init__(self, comm: Communicator) -> None:
-        self._comm = comm
         largest = max(SIZES)
-        self._area = comm.empty((largest,), np.uint8)
-        self._signals = comm.signals(2)
-        self._private = [_aligned(largest) for _ in range(2)]
-        self._outputs = _aligned(largest)
-        rng = np.random.default_rng(comm.rank)
-        tokens = largest // _COPIES // _ROW_BYTES + 1
-        self._x = rng.standard_normal((tokens, _HIDDEN), np.float32).astype(ml_dtypes.bfloat16)
-        self._scratch = np.zeros(16, np.int64)
+        self._comm = comm
+        self._watch = Stopwatch(comm, _WANTED, _LIMIT_S)
         peer = 1 - comm.rank
-        self._own: int = self._area.addresses[comm.rank]
-        self._peer: int = self._area.addresses[peer]
-        #: Where the peer takes puts; not where it writes its own rows, which a protocol's peers only read.
-        self._inbox = comm.empty((largest // 2,), np.uint8)
-        self._target: int = self._inbox.addresses[peer]
+        area, inbox = comm.empty((largest,), np.uint8), comm.empty((largest // 2,), np.uint8)
+        self._own: int = area.addresses[comm.rank]
+        self._peer: int = area.addresses[peer]
+        #: Where each rank takes puts; not where it writes its own rows, which a protocol's peers only read.
+        self._inbox: int = inbox.addresses[comm.rank]
+        self._peer_inbox: int = inbox.addresses[peer]
+        rng = np.random.default_rng(comm.rank)
+        values = rng.standard_normal(largest // 2, np.float32).astype(ml_dtypes.bfloat16)
+        self._keep: list[Any] = [area, inbox, values, _touched(largest), _touched(largest), np.zeros(16, np.int64)]
+        self._tokens, self._result, self._sums, self._scratch = map(address_of, self._keep[2:])
+        self._signals = comm.signals(2)
+        self._python = _Python(comm, self._signals)
         self._pings = 0
 
-    def round(self) -> dict[str, float]:
-        """One value of everything: "NAME SIZE" in GB/s, or a name with its unit."""
-        found: dict[str, float] = {}
-        for size in SIZES:
-            n_rows = max(size // _ROW_BYTES // (2 * _COPIES), 1) * 2 * _COPIES
-            for name, gbps in self._rates(n_rows).items():
-                found[f"{name} {n_rows * _ROW_BYTES}"] = gbps
-        found["row_us"] = self._row_us()
-        found["quantise_gelements"] = self._quantise_gelements()
-        found["stage_us"] = self._stage_us()
-        found["signal_us"] = self._signal_us()
-        return found
+    def round(self, sizes: tuple[int, ...] = SIZES) -> Samples:
+        """Some samples of everything, "NAME" or "NAME BYTES"."""
+        for size in sizes:
+            self._watch.collect(self._repeat_and_get(size))
+            self._watch.collect(self._copy_and_sum(size))
+            self._watch.collect(self._put(size))
+        self._watch.collect(self._small())
+        return self._watch.take()
 
-    def _rates(self, n_rows: int) -> dict[str, float]:
-        """GB/s of a working set: its rows are written; half of them are read by this rank, half by its peer.
+    # -- rows, in the caches and out of them -------------------------------------------------------------------------
 
-        Results go to two buffers in turn, as those of an operation do while the caller holds the last one.
-        """
-        half = n_rows // 2 * _ROW_BYTES
-        times: dict[str, list[int]] = {}
+    def _repeat_and_get(self, size: int) -> list[Steps]:
+        """Rows are written, each to several places; half of them are then copied by this rank, half by its peer."""
+        half, n_rows, copy = size // 2, size // ROW_BYTES, onesided.copy.call
+        write = partial(rows.copy_rows.call, self._own, self._tokens, ROW_BYTES, n_rows, COPIES)
+        get = partial(copy, self._result, self._peer + half, half)
+        local_get = partial(copy, self._result + half, self._own, half)
+        return [{f"repeat {size}": write}, {f"get {size}": get, f"local_get {size}": local_get}]
 
-        def timed(name: str, step: Callable[[], object]) -> None:
-            start = perf_counter_ns()
+    def _copy_and_sum(self, size: int) -> list[Steps]:
+        """Rows are copied, each to one place; half of them are then summed by this rank, half by its peer."""
+        half, n_rows = size // 2, size // ROW_BYTES
+        write = partial(rows.copy_rows.call, self._own, self._tokens, ROW_BYTES, n_rows, 1)
+        sum_get, local_sum = self._sum(self._peer + half, n_rows // 2), self._sum(self._own, n_rows // 2)
+        return [{f"copy {size}": write}, {f"sum {size}": sum_get, f"local_sum {size}": local_sum}]
+
+    def _put(self, size: int) -> list[Steps]:
+        """Each rank puts to the other one, and then reads what was put to it: the next put finds it read."""
+        half, copy = size // 2, onesided.copy.call
+        put = partial(copy, self._peer_inbox, self._tokens, half)
+        return [{f"put {size}": put}, {f"take {size}": partial(copy, self._result, self._inbox, half)}]
+
+    def _sum(self, source: int, n_rows: int) -> Callable[[], object]:
+        n_sums = n_rows // COPIES
+        return partial(rows.sum_rows.call, BF16, self._sums, source, HIDDEN, ROW_BYTES, n_sums, self._scratch)
+
+    # -- what does not depend on the working set ---------------------------------------------------------------------
+
+    def _small(self) -> list[Steps]:
+        many = partial(rows.copy_rows.call, self._result, self._tokens, SMALL_ROW_BYTES, SMALL_ROWS, SMALL_ROWS)
+        copy = partial(rows.copy_rows.call, self._result, self._tokens, HIDDEN, NEAR_TOKENS, 1)
+        quantise = partial(rows.quantise_rows.call, BF16, self._result, self._tokens, ROW_BYTES, HIDDEN, NEAR_TOKENS)
+        evict: Steps = {"evict": partial(rows.copy_rows.call, self._own, self._tokens, ROW_BYTES, 32, 1)}
+        return [
+            {"rows": many},
+            {"near_copy": _times(NEAR_TIMES, copy), "near_quantise": _times(NEAR_TIMES, quantise)},
+            evict,
+            {"call": onesided.quiet.call},
+            evict,
+            {"wait": self._python.wait},
+            evict,
+            {"launch": self._python.launch},
+            evict,
+            {"payloads": self._python.payloads},
+            {"trip": self._trips},
+        ]
+
+    def _trips(self) -> None:
+        """Round trips of a signal, without Python's checks of its arguments."""
+        rank, signal, core = self._comm.rank, onesided.signal.call, self._comm.core
+        mine, theirs = self._signals.addresses[rank], self._signals.addresses[1 - rank]
+        peer_control = int(core.fabric.controls[1 - rank])
+        for i in range(self._pings + 1, self._pings + PINGS + 1):
+            if rank == 0:
+                signal(theirs, i, 0, peer_control)
+            step = partial(onesided.wait_until.call, core.control, mine, _AT_LEAST, i, self._scratch)
+            core.run(step, partial(Waiting, "calibration", peer=1 - rank, expected=i))
+            if rank == 1:
+                signal(theirs, i, 0, peer_control)
+        self._pings += PINGS
+
+
+class _Python:
+    """What operations do in Python, besides calls of kernels."""
+
+    def __init__(self, comm: Communicator, signals: Signals) -> None:
+        self._core = comm.core
+        self._word: int = signals.addresses[comm.rank]
+        self._x = np.zeros((_PYTHON_TOKENS, HIDDEN), ml_dtypes.bfloat16)
+        self._weights = np.zeros((_PYTHON_TOKENS, COPIES), np.float32)
+        self._pool = BufferPool()
+        self._kept: tuple[object, ...] = ()
+
+    def wait(self) -> None:
+        """A wait for words of two ranks that are there."""
+        self._core.wait_all(self._word, Signals.STRIDE_BYTES, 0, "wait")
+
+    def launch(self) -> None:
+        """Checks of two arguments, and an array for the result."""
+        check_outputs(self._x, self._x.shape, self._x.dtype)
+        check_weights(self._weights, self._weights.shape)
+        self._pool.take(self._x.shape, self._x.dtype)
+
+    def payloads(self) -> None:
+        """A record of where rows go, and arrays for their places and counts, of which a kernel gets the addresses."""
+        routing = Routing(_PYTHON_TOKENS, COPIES, _PYTHON_EXPERTS, _PYTHON_EXPERTS // 2, 2)
+        places, counts = np.empty(_PYTHON_TOKENS, SOURCE_DTYPE), np.empty(_PYTHON_EXPERTS, np.int64)
+        for address in (routing.address, address_of(places), address_of(counts)):
+            words.load(address)
+        self._kept = (routing, places, counts)
+
+
+def _times(n: int, step: Callable[[], object]) -> Callable[[], None]:
+    def steps() -> None:
+        for _ in range(n):
             step()
-            times.setdefault(name, []).append(perf_counter_ns() - start)
 
-        for i in range(_CYCLES_SMALL if 2 * half < _LARGE_BYTES else _CYCLES_LARGE):
-            private = address_of(self._private[i % 2])
-            timed("write", lambda: self._write(n_rows))
-            self._comm.barrier()
-            timed("get", partial(onesided.copy.call, private, self._peer + half, half))
-            timed("local_get", partial(onesided.copy.call, private + half, self._own, half))
-            self._comm.barrier()
-            timed("local_put", partial(onesided.copy.call, self._own, address_of(self._outputs), 2 * half))
-            self._comm.barrier()
-            hidden = _SUMMED_HIDDEN[i % 2]  # rows of a power of two fall on each other in a cache
-            timed("sum", partial(self._sum, hidden, private, self._peer + half, half))
-            timed("local_sum", partial(self._sum, hidden, private + half, self._own, half))
-            self._comm.barrier()
-            timed("put", partial(onesided.copy.call, self._target, private, half))
-            self._comm.barrier()
-        whole = {"write": 2 * half, "local_put": 2 * half}
-        # Even and odd cycles may differ; the mean of their medians is the time of both kinds of rows.
-        ns = {name: (median(found[2::2]) + median(found[3::2])) / 2 for name, found in times.items()}
-        return {name: whole.get(name, half) / ns[name] for name in times}
-
-    def _write(self, n_rows: int) -> None:
-        rows.copy_rows.call(self._own, int(self._x.ctypes.data), _ROW_BYTES, n_rows, _COPIES)
-
-    def _sum(self, hidden: int, private: int, source: int, n_bytes: int) -> None:
-        scratch, row_bytes = address_of(self._scratch), 2 * hidden
-        rows.sum_rows.call(BF16, private, source, hidden, row_bytes, n_bytes // row_bytes // 8, scratch)
-
-    def _row_us(self) -> float:
-        """What a row costs besides its bytes: rows of a cache line."""
-        count = 4096
-        source = int(self._x.ctypes.data)
-        start = perf_counter_ns()
-        rows.copy_rows.call(self._own, source, _SMALL_ROW_BYTES, count, _COPIES)
-        return (perf_counter_ns() - start) / count / 1e3
-
-    def _quantise_gelements(self) -> float:
-        tokens = min(len(self._x), 64)
-        source, target = int(self._x.ctypes.data), address_of(self._private[0])
-        times = []
-        for _ in range(5):
-            start = perf_counter_ns()
-            rows.quantise_rows.call(BF16, target, source, _ROW_BYTES, _HIDDEN, tokens)
-            times.append(perf_counter_ns() - start)
-        return tokens * _HIDDEN / float(median(times))
-
-    def _stage_us(self) -> float:
-        """A call that has next to nothing to do, after a block has passed through the caches."""
-        times = []
-        for _ in range(25):
-            self._write(64)
-            start = perf_counter_ns()
-            self._comm.signal(self._signals, 1, 1, peer=self._comm.rank)
-            times.append(perf_counter_ns() - start)
-        return float(median(times)) / 1e3
-
-    def _signal_us(self) -> float:
-        """Half a round trip of a signal."""
-        comm, signals = self._comm, self._signals
-        comm.barrier()
-        times = []
-        for i in range(self._pings + 1, self._pings + _PINGS + 1):
-            start = perf_counter_ns()
-            if comm.rank == 0:
-                comm.signal(signals, 0, i, peer=1)
-                comm.wait_until(signals, 0, "ge", i)
-            else:
-                comm.wait_until(signals, 0, "ge", i)
-                comm.signal(signals, 0, i, peer=0)
-            times.append(perf_counter_ns() - start)
-        self._pings += _PINGS
-        return float(median(times)) / 2e3
+    return steps
 
 
-def summarised(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Medians of all rounds of all ranks."""
-    return {name: float(median(found[name] for found in rounds)) for name in rounds[0]}
-
-
-def _aligned(n_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _touched(n_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """A private buffer that begins at a cache line, its pages touched."""
-    raw = np.zeros(n_bytes + 64, np.uint8)
+    raw = np.ones(n_bytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + n_bytes]

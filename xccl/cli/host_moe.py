@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from statistics import median
-from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
 
+from xccl.cli.host_samples import Samples, Stopwatch
 from xccl.comm.moe import ExpertParallel
 from xccl.protocol import moe
 from xccl.protocol.counts import RoutingCounts
@@ -19,7 +18,9 @@ if TYPE_CHECKING:
     from xccl.protocol.stage import Description
 
 _RANKS = 2
-_ITERATIONS = 15
+#: Undisturbed iterations in a round, and when to go on without them.
+_WANTED = 15
+_LIMIT_S = 1.0
 
 
 def describe(operation: str, hidden: int, quant: str, tokens: int, *, experts: int, top_k: int) -> Description:
@@ -40,7 +41,7 @@ class HostMoe:
 
     def __init__(self, comm: Communicator, hidden: int, quant: str, tokens: int, *, experts: int, top_k: int) -> None:
         rng = np.random.default_rng(comm.rank)
-        self._comm = comm
+        self._watch = Stopwatch(comm, _WANTED, _LIMIT_S)
         self._name = f"{quant} {tokens} {hidden}"
         self._ep = ExpertParallel(
             comm, num_experts=experts, hidden=hidden, top_k=top_k, max_tokens=tokens, dtype=ml_dtypes.bfloat16,
@@ -50,24 +51,15 @@ class HostMoe:
         self._idx = _choices(comm.rank, tokens, experts, top_k)
         self._weights = rng.random((tokens, top_k), np.float32)
         self._dispatched = self._ep.dispatch(self._x, self._idx)
-        self._out = np.zeros((len(self._dispatched.source), hidden), ml_dtypes.bfloat16)
+        # Of zeros, all pages would be one.
+        self._out = rng.standard_normal((len(self._dispatched.source), hidden), np.float32).astype(ml_dtypes.bfloat16)
 
-    def round(self) -> dict[str, float]:
-        """Medians of both operations, us, by "OPERATION QUANT TOKENS HIDDEN"."""
-
-        def dispatch() -> None:
-            self._dispatched = self._ep.dispatch(self._x, self._idx)
-
-        def combine() -> None:
-            self._ep.combine(self._out, self._dispatched, self._weights)
-
-        found = {}
-        for name, step in (("dispatch", dispatch), ("combine", combine)):
-            times = []
-            for _ in range(_ITERATIONS):
-                self._comm.barrier()
-                start = perf_counter_ns()
-                step()
-                times.append(perf_counter_ns() - start)
-            found[f"{name} {self._name}"] = median(times[3:]) / 1e3
-        return found
+    def round(self) -> Samples:
+        """Samples of both operations, by "OPERATION QUANT TOKENS HIDDEN"."""
+        steps = {
+            "dispatch": lambda: self._ep.dispatch(self._x, self._idx),
+            "combine": lambda: self._ep.combine(self._out, self._dispatched, self._weights),
+        }
+        for operation, step in steps.items():
+            self._watch.collect([{f"{operation} {self._name}": step}])
+        return self._watch.take()

@@ -110,11 +110,18 @@ def cost_stages(description: Description, topology: Topology) -> list[StageCost]
     machine = topology.machine
     lanes = min(description.lanes, int(machine["lane.count"]))
     stages = [_cost_stage(stage, lanes, topology, is_streamed) for stage in description.stages]
-    # The launch comes before everything, at every rank; where stages are calls of their own, each has a launch more.
+    # The launch comes before everything, at every rank; where stages are calls of their own, each has a launch more,
+    # and prepares what it moves besides the first kind of payload.
     launches = [machine["kernel.launch_us"], *[0.0] * len(stages)]
     return [
-        replace(stage, poll_us=stage.poll_us + launch_us + machine["kernel.stage_us"])
-        for stage, launch_us in zip(stages, launches, strict=False)
+        replace(
+            cost,
+            poll_us=cost.poll_us
+            + launch_us
+            + machine["kernel.stage_us"]
+            + max(len(stage.transfers) - 1, 0) * machine["kernel.payload_us"],
+        )
+        for cost, stage, launch_us in zip(stages, description.stages, launches, strict=False)
     ]
 
 
@@ -182,7 +189,7 @@ def _cost_stage(stage: Stage, lanes: int, topology: Topology, is_streamed: bool)
     for item in stage.work:
         if is_fused and item.kind == "reduce" and not machine["vector.sums_apart"]:
             continue  # the rate of the transfers is that of summing them
-        work_us, work_unit_us = _work_us(item, lanes, machine)
+        work_us, work_unit_us = _work_us(item, n_bytes[item.rank], lanes, machine)
         work += np.bincount(item.rank, work_us, ranks)
         work_unit += np.bincount(item.rank, work_unit_us, ranks)
     signal, arrivals = np.zeros(ranks), []
@@ -273,12 +280,13 @@ def _alone_us(
     return by_lane.max(axis=1), mean
 
 
-def _work_us(work: Work, lanes: int, machine: Machine) -> tuple[Floats, Floats]:
+def _work_us(work: Work, moved_bytes: Floats, lanes: int, machine: Machine) -> tuple[Floats, Floats]:
     """[n] time of each row of work, and of its first unit.
 
     The units are dealt to the lanes; sums are cut across all of them. A scan is over before its results are of use.
+    `moved_bytes`, [n], is what the transfers of the stage move: its working set.
     """
-    copied = work.n_bytes / (machine["lane.local_rate_gbps"] * 1e3)
+    copied = work.n_bytes / (machine.at("lane.local_rate_gbps", np.maximum(moved_bytes, work.n_bytes)) * 1e3)
     units = np.maximum(work.units, 1)
     if work.kind == "scan":
         total = copied + work.elements / (machine["vector.scan_gelements"] * 1e3)

@@ -34,6 +34,7 @@ _SAME_AS: Mapping[str, str | float] = {
     "lane.local_pull_rate_gbps": "lane.local_rate_gbps",
     "lane.local_repeat_rate_gbps": "lane.local_rate_gbps",
     "lane.fused_local_rate_gbps": "lane.local_pull_rate_gbps",
+    "kernel.payload_us": 0.0,
     "kernel.stage_us": 0.0,
     "vector.overlaps": 1.0,
     "vector.sums_apart": 1.0,
@@ -50,8 +51,8 @@ class Parameter:
         source: where it comes from.
         low: smallest value that is physically possible; None if the parameter is not free.
         high: largest one.
-        curve: how the figure depends on the bytes that a rank works on at a time, (bytes, figure) in growing order,
-            where caches matter; `value` holds where there is none.
+        curve: how a rate depends on the bytes that a rank works on at a time, (bytes, rate) in growing order, where
+            caches matter; `value` holds where there is none.
     """
 
     name: str
@@ -91,19 +92,27 @@ class Machine:
         return self.parameters[name].value
 
     def at(self, name: str, n_bytes: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        """The figure for each working set: on the curve, between its points by the logarithm of the bytes."""
+        """A rate for each working set: on its curve, where times grow in straight lines from point to point."""
         while name not in self.parameters:
             name = str(_SAME_AS[name])
         parameter = self.parameters[name]
         if not parameter.curve:
             return np.full(np.shape(n_bytes), parameter.value)
-        sizes, figures = zip(*parameter.curve, strict=True)
-        return np.asarray(np.interp(np.log(np.maximum(n_bytes, 1)), np.log(sizes), figures), np.float64)
+        sizes, rates = np.array(parameter.curve).T
+        within = np.clip(n_bytes, sizes[0], sizes[-1])
+        return np.asarray(within / np.interp(within, sizes, sizes / rates), np.float64)
 
     @property
     def free(self) -> list[Parameter]:
         """The parameters that calibration fits."""
         return [p for p in self.parameters.values() if p.is_free]
+
+    def scaled(self, name: str, factor: float) -> Machine:
+        """The same machine with one figure, and its curve if it has one, times a factor."""
+        old = self.parameters[name]
+        curve = tuple((n_bytes, factor * rate) for n_bytes, rate in old.curve)
+        new = replace(old, value=factor * old.value, curve=curve)
+        return replace(self, parameters={**self.parameters, name: new})
 
     def with_values(self, values: Mapping[str, float]) -> Machine:
         """The same machine with other figures.

@@ -57,7 +57,7 @@ def sensitivities(
             continue
         logs = []
         for factor in (1 + _STEP, 1 - _STEP):
-            moved = machine.with_values({name: factor * parameter.value})
+            moved = machine.scaled(name, factor)
             logs.append(math.log(total_us(moved)))
         elasticity = (logs[0] - logs[1]) / (math.log(1 + _STEP) - math.log(1 - _STEP))
         if abs(elasticity) > 5e-4:
