@@ -160,6 +160,30 @@ def test_replicas_take_turns(data: st.DataObject) -> None:
     for t in range(tokens):
         if found.shared:
             assert physical[t, top_k] == copies[routed][(position + t) % shared]
+    assert (found.to_logical(physical)[:, :top_k] == idx).all()
+    local = [found.local_experts(rank) for rank in range(ranks)]
+    assert np.concatenate(local).tolist() == list(range(found.physical))
+    for rank, ids in enumerate(local):
+        assert (found.rank_of(ids) == rank).all()
+        assert found.local(rank).tolist() == found.logical[ids].tolist()
+    assert found.rank_of([-1]).tolist() == [-1]
+
+
+def test_the_published_rule_may_leave_the_peak_where_it_is() -> None:
+    """Why "peak" is the default: the largest gain lies in the second slice, the peak in the first."""
+    table = np.array([[100, 99, 0], [0, 0, 50]])
+    by_total, by_peak = choose_replicas(table, 2, by="total"), choose_replicas(table, 2, by="peak")
+    assert (by_total.tolist(), by_peak.tolist()) == ([1, 1, 3], [2, 2, 1])
+    assert (peak(table, by_total), peak(table, by_peak)) == (100, 50)
+
+
+def test_a_few_replicas_are_placed_as_well_as_they_can_be() -> None:
+    """Where heaviest-first and exchanges stop at 18, the best is 13."""
+    table = np.array([[6, 12, 5, 2, 1], [0, 8, 1, 11, 3]])
+    slots = [3, 2]
+    rank = place_replicas(table, np.ones(5, int), slots)
+    assert np.bincount(rank, minlength=2).tolist() == slots
+    assert rank_peak(table, np.ones(5, int), rank, 2) == 13
 
 
 def test_impossible_arguments() -> None:
@@ -172,6 +196,12 @@ def test_impossible_arguments() -> None:
         lambda: ExpertMap(2, np.array([0, 1]), np.array([0, 1])),
         lambda: ExpertMap.plain(4, 2).to_physical([[4]]),
         lambda: ExpertMap.plain(4, 2).to_physical([[0.5]]),
+        lambda: ExpertMap.plain(4, 2).to_physical([[0]], position=-1),
+        lambda: ExpertMap.plain(4, 2).to_logical([4]),
+        lambda: ExpertMap.plain(4, 2).to_logical([0.5]),
+        lambda: ExpertMap.plain(4, 2).rank_of([-2]),
+        lambda: ExpertMap.plain(4, 2).local_experts(2),
+        lambda: ExpertMap.plain(4, 2).local(-1),
         lambda: choose_replicas([-1.0], 1),
         lambda: choose_replicas([np.nan], 1),
         lambda: choose_replicas([], 1),

@@ -15,13 +15,15 @@ Theory of operation
   this one chose it, and then has too few left for another. Both only ever add, so more budget is never worse.
 - Placement (`place_replicas`): replicas, heaviest first, on the least loaded rank with a free slot; then swaps and
   moves that lower the largest load of a rank, while there are any. Heaviest-first alone is within 4/3 of the best where
-  slots do not bind (Graham, 1969); the exchanges are for where they do.
+  slots do not bind and there is one slice (Graham, 1969); the exchanges are for where they do. They may still stop
+  short (at 1.39 with 5 replicas in 2 slices), so up to a dozen replicas are then searched for the best placement.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from operator import add
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +35,9 @@ from .stage import Ints
 Floats = npt.NDArray[np.float64]
 
 _SMALLEST_GAIN = 1e-12
+#: So many replicas at most are searched for their best placement, and so many placements of single ones are tried.
+_MOST_SEARCHED = 12
+_MOST_STEPS = 100_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,8 +167,10 @@ class ExpertMap:
             any; -1 stays -1.
 
         Raises:
-            UsageError: a choice is out of range.
+            UsageError: a choice is out of range, or the position negative.
         """
+        if position < 0:
+            raise UsageError(f"position is {position}, must be 0 or more", value=position, bound=0)
         idx = np.asarray(topk_idx)
         if idx.ndim != 2 or idx.dtype.kind not in "iu":
             raise UsageError(f"topk_idx must be integers [tokens, top_k], got {idx.dtype} {idx.shape}", value=idx.shape)
@@ -177,13 +184,51 @@ class ExpertMap:
         turn = (position + np.arange(len(idx)))[:, None] % self.replicas[chosen]
         return np.where(chosen < 0, -1, self._table[chosen, turn])
 
+    def to_logical(self, physical: npt.ArrayLike) -> Ints:
+        """The logical expert that each physical one is a copy of; -1 stays -1.
+
+        Raises:
+            UsageError: not integers, or one is out of range.
+        """
+        ids = self._physical_ids(physical)
+        return np.where(ids < 0, -1, self.logical[ids])
+
     def rank_of(self, physical: npt.ArrayLike) -> Ints:
-        """The rank of each physical expert."""
-        return np.asarray(np.searchsorted(self.first, np.asarray(physical), side="right") - 1, np.int64)
+        """The rank of each physical expert; -1 stays -1.
+
+        Raises:
+            UsageError: not integers, or one is out of range.
+        """
+        return np.asarray(np.searchsorted(self.first, self._physical_ids(physical), side="right") - 1, np.int64)
+
+    def local_experts(self, rank: int) -> Ints:
+        """The physical experts of a rank, a run of ids; `to_logical` says whose copies they are.
+
+        Raises:
+            UsageError: there is no such rank.
+        """
+        if not 0 <= rank < self.ranks:
+            raise UsageError(f"rank is {rank}, must be 0 to {self.ranks - 1}", value=rank, bound=self.ranks - 1)
+        return np.arange(self.first[rank], self.first[rank + 1])
 
     def local(self, rank: int) -> Ints:
-        """The logical experts that a rank holds, in the order of its physical ones."""
-        return self.logical[int(self.first[rank]) : int(self.first[rank + 1])]
+        """The logical experts that a rank holds, in the order of its physical ones.
+
+        Raises:
+            UsageError: there is no such rank.
+        """
+        return self.logical[self.local_experts(rank)]
+
+    def _physical_ids(self, given: npt.ArrayLike) -> Ints:
+        ids = np.asarray(given)
+        if ids.dtype.kind not in "iu":
+            raise UsageError(f"physical experts must be integers, got {ids.dtype}", value=str(ids.dtype))
+        if ids.size and not (ids.min() >= -1 and ids.max() < self.physical):
+            raise UsageError(
+                f"physical experts are {ids.min()} to {ids.max()}, must be -1 to {self.physical - 1}",
+                value=(int(ids.min()), int(ids.max())), bound=self.physical - 1,
+            )  # fmt: skip
+        return ids.astype(np.int64)
 
     def rank_load(self, load: npt.ArrayLike) -> Floats:
         """[slices, ranks] tokens of each rank when replicas share evenly; `load` is of the routed experts."""
@@ -257,7 +302,8 @@ def place_replicas(load: npt.ArrayLike, replicas: npt.ArrayLike, slots: npt.Arra
         raise CapacityError(f"{total} replicas need as many slots, there are {room.sum()}", needed_bytes=0)
     each = np.repeat(table / copies, copies, axis=1)
     found = [_improved(each, _heaviest_first(each, room, by_slice), room) for by_slice in (False, True)]
-    return min(found, key=lambda rank: (_peak(each, rank, len(room)), _peak(each.sum(axis=0)[None], rank, len(room))))
+    best = min(found, key=lambda rank: (_peak(each, rank, len(room)), _peak(each.sum(axis=0)[None], rank, len(room))))
+    return best if total > _MOST_SEARCHED else _searched(each, best, room)
 
 
 def _heaviest_first(each: Floats, room: Ints, by_slice: bool) -> Ints:
@@ -298,6 +344,37 @@ def _improved(each: Floats, rank: Ints, room: Ints) -> Ints:
         loads[place[others[j]]] -= gain[:, i, j]
         place[mine[i]], place[others[j]] = place[others[j]], worst
     return place[: len(rank)]
+
+
+def _searched(each: Floats, rank: Ints, room: Ints) -> Ints:
+    """A placement with the lowest peak of all, by branch and bound; `rank` if none is better, or the search is long."""
+    heaviest_first = np.argsort(-each.sum(axis=0), kind="stable").tolist()
+    weights: list[tuple[float, ...]] = [tuple(column) for column in each.T.tolist()]
+    loads: list[tuple[float, ...]] = [(0.0,) * len(each)] * len(room)
+    left, place, best = room.tolist(), rank.tolist(), rank
+    lowest, steps = _peak(each, rank, len(room)), _MOST_STEPS
+
+    def put(at: int) -> None:
+        nonlocal best, lowest, steps
+        if at == len(heaviest_first):
+            best, lowest = np.array(place, np.int64), max(map(max, loads))
+            return
+        replica, tried = heaviest_first[at], set()
+        for r, before in enumerate(loads):
+            after = tuple(map(add, before, weights[replica]))
+            # Ranks of equal load and room are alike: one of them is enough.
+            if not left[r] or (before, left[r]) in tried or max(after) >= lowest - _SMALLEST_GAIN or not steps:
+                continue
+            steps -= 1
+            tried.add((before, left[r]))
+            loads[r], place[replica] = after, r
+            left[r] -= 1
+            put(at + 1)
+            loads[r] = before
+            left[r] += 1
+
+    put(0)
+    return best
 
 
 def _peak(each: Floats, rank: Ints, ranks: int) -> float:
