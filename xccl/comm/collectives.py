@@ -211,7 +211,7 @@ class Collectives:
 
         Args:
             x: [rows, ...], the rows for rank 0 first, then those for rank 1, and so on; rows of the same shape and
-                dtype at all ranks.
+                dtype at all ranks, at least a byte each.
             send_counts: [size] integers, the rows for each rank; they sum to the rows of x.
             out: see `Collectives`; with room for at least the rows that come; not `x`.
             recv_counts: [size] integers, how many rows must come from each rank; not looked at if None.
@@ -237,7 +237,7 @@ class Collectives:
         with traced.metered(exchange, plan):
             x_address = address_of(x)
             exchange.run(plan, x_address, 0, timeout_s)
-            counts = plan.table[2] // max(plan.row_bytes, 1)
+            counts = plan.table[2] // plan.row_bytes
             wrong = self._wrong_rows(counts, expected, out)
             if wrong is None:
                 rows = int(counts.sum())
@@ -285,7 +285,10 @@ class Collectives:
                 )  # fmt: skip
             if np.may_share_memory(x, out):
                 x = x.copy()
-        plan = self._exchange.plan_rows(x.dtype, x.dtype.itemsize * math.prod(x.shape[1:]))
+        row_bytes = x.dtype.itemsize * math.prod(x.shape[1:])
+        if row_bytes == 0:
+            raise UsageError(f"alltoallv: x has rows of no bytes, shape {x.shape}", value=x.shape)
+        plan = self._exchange.plan_rows(x.dtype, row_bytes)
         np.multiply(counts, plan.row_bytes, out=plan.table[0])
         np.cumsum(plan.table[0][:-1], out=plan.table[1][1:])
         return x, plan

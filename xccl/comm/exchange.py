@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +15,12 @@ from ..kernels import collectives as kernels
 from ..kernels import words
 from ..kernels.wait import MISMATCH, OK
 from ..layout import collectives as layout
-from ..layout.collectives import OPERATORS, RECORD_BYTES
+from ..layout.collectives import OPERATORS, RECORD_BYTES, block_bytes
 from ..layout.dtypes import CODE_OF
+from ..layout.segment import AGREE_MAX_VALUES
 from ..protocol.collectives import ALGORITHMS, FLOWS, STAGE_BYTES, Cut, Kind, counts_arrivals, cut
 from .core import PROGRESS_SLICE_NS, SLICE_NS, Core, Waiting, grouped
+from .symmetric import give_back
 
 if TYPE_CHECKING:
     from .symmetric import SymmetricAllocator
@@ -49,6 +51,7 @@ class Plan:
 
     Attributes:
         kind: which collective.
+        name: of the call, for errors.
         cut: its steps.
         address: of the plan as kernels know it.
         row_bytes: alltoallv: size of a row.
@@ -57,6 +60,7 @@ class Plan:
 
     def __init__(self, kind: Kind, cut: Cut, words: dict[int, int], ranks: int = 0, row_bytes: int = 0) -> None:
         self.kind = kind
+        self.name: str = kind
         self.cut = cut
         self.half_bytes = cut.half_bytes
         self.state = np.zeros(layout.PLAN.size_bytes // 8, np.int64)
@@ -99,6 +103,8 @@ class Exchange:
         self._owed: Plan | None = None
         self._plans: dict[Any, Plan] = {}
         self._rows = np.zeros(core.size, np.int64)
+        self._said = np.zeros(AGREE_MAX_VALUES, np.int64)
+        self._heard = np.zeros((core.size, AGREE_MAX_VALUES), np.int64)
         self.state = np.zeros(layout.COLLECTIVE_STATE.size_bytes // 8, np.int64)
         self.address: int = self.state.ctypes.data
         for offset, value in {
@@ -112,6 +118,19 @@ class Exchange:
             layout.CS_COUNTS: int(counts_arrivals(core.size)),
         }.items():
             self.state[offset // 8] = value
+
+    @classmethod
+    def of_session(cls, core: Core, heap: SymmetricAllocator, metadata: SymmetricAllocator) -> Self:
+        """That of the session's communicator; its blocks are at the same offset in all segments."""
+        fabric, size, n_bytes = core.fabric, core.size, block_bytes(core.size)
+        offset = metadata.alloc(n_bytes)
+
+        def commit() -> None:
+            # Where arrivals are counted, a rank writes to its own block and to that of rank 0 alone.
+            for peer in {0, core.rank} if counts_arrivals(size) else range(size):
+                fabric.commit(peer, offset, n_bytes)
+
+        return cls(core, heap, fabric.segments + offset, commit)
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
@@ -254,16 +273,36 @@ class Exchange:
                 status = core.finish(
                     status,
                     lambda until_ns: int(kernels.collective.call(self.address, plan.address, x, out, until_ns)),
-                    lambda: self._waiting(plan.kind),
+                    lambda: self._waiting(plan.name),
                     timeout_s,
                     time.monotonic_ns() + int(timeout_s * 1e9),
                 )
         except BaseException as error:
-            self.broken = f"{plan.kind} was given up in the middle ({type(error).__name__})"
+            self.broken = f"{plan.name} was given up in the middle ({type(error).__name__})"
             raise
         if status == MISMATCH:
             raise self._mismatch(plan)
         return status
+
+    def tell_all(self, call: str, values: list[int]) -> npt.NDArray[np.int64]:
+        """Tell all ranks at most AGREE_MAX_VALUES words.
+
+        Args:
+            call: what for; all ranks are in a call of this kind, if not in the same one.
+            values: the words, as many at all ranks.
+
+        Returns:
+            [ranks, len(values)], those of all ranks.
+
+        Raises:
+            UsageError: another rank is in a collective on data, or has refused.
+            WaitTimeout, PeerDied, SessionAborted: see `xccl.errors`.
+        """
+        self._said[: len(values)] = values
+        plan = self.plan("agreement", self._said.nbytes, self._said.dtype)
+        plan.name = call
+        self.run(plan, self._said.ctypes.data, self._heard.ctypes.data)
+        return self._heard[:, : len(values)].copy()
 
     def refuse(self, error: UsageError | CapacityError) -> NoReturn:
         """Raise `error` at once, and let the call of the other ranks fail instead of waiting for this one."""
@@ -284,7 +323,7 @@ class Exchange:
         """Wait for the others' part of the step that this rank has refused. So it is never two steps ahead."""
         owed = self._owed
         if owed is not None:
-            status = int(kernels.collective.call(self.address, owed.address, 0, 0, 0))
+            status = int(kernels.collective.call(self.address, owed.address, 0, 0, -SLICE_NS))
             if status not in (OK, MISMATCH):
                 self._finish_owed(owed, status)
             self._owed = None
@@ -323,7 +362,7 @@ class Exchange:
     def free(self) -> None:
         """Give the staging area back. No rank reads it any more."""
         if self._stage is not None:
-            self.core.fabric.release(self._stage, self._heap.free(self._stage))
+            give_back(self.core, self._heap, self._stage)
             self._stage = None
             self._committed = 0
         self.broken = "it was freed"
@@ -362,18 +401,18 @@ class Exchange:
                 said[peer] = int(words.load(record + layout.CR_SIGNATURE)), int(words.load(record + layout.CR_BYTES))
         for peer, (signature, _) in said.items():
             if signature >> 56 == _REFUSED:
-                text = f"{plan.kind}: rank {peer} was given an impossible argument"
-                return UsageError(text, value=plan.kind, peer=peer)
+                text = f"{plan.name}: rank {peer} was given an impossible argument"
+                return UsageError(text, value=plan.name, peer=peer)
             if signature >> 56 == _FULL:
-                return CapacityError(f"{plan.kind}: rank {peer} has no room for it, so no rank goes on", peer=peer)
+                return CapacityError(f"{plan.name}: rank {peer} has no room for it, so no rank goes on", peer=peer)
         for name, read in _ARGUMENTS.items():
             by_rank = {peer: read(*what) for peer, what in said.items()}
             if len(set(by_rank.values())) > 1:
                 return UsageError(
-                    f"{plan.kind}: ranks disagree in {name}: {grouped(by_rank)}; it must be the same at all ranks",
+                    f"{plan.name}: ranks disagree in {name}: {grouped(by_rank)}; it must be the same at all ranks",
                     argument=name, value=by_rank[rank], by_rank=by_rank,
                 )  # fmt: skip
-        return UsageError(f"{plan.kind}: ranks disagree in its arguments", value=plan.kind)
+        return UsageError(f"{plan.name}: ranks disagree in its arguments", value=plan.name)
 
 
 def _root(signature: int) -> int | None:
