@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -48,6 +49,8 @@ class Communicator(Collectives, Grouping):
     ) -> None:
         geometry = fabric.geometry
         self.world: Communicator = self
+        #: Those of all communicators of this rank.
+        self.exchanges: weakref.WeakSet[Exchange] = weakref.WeakSet()
         self.app_allocator = SymmetricAllocator("app data area", geometry.app_offset, geometry.app_bytes)
         self.metadata_allocator = SymmetricAllocator(
             "metadata area", geometry.expert_metadata_offset, EXPERT_METADATA_BYTES
@@ -93,6 +96,7 @@ class Communicator(Collectives, Grouping):
         self.fabric_name = core.fabric.name
         self._p2p = p2p
         self._exchange = exchange
+        self.world.exchanges.add(exchange)
         self._controls: list[int] = core.fabric.controls.tolist()
         self._barriers = 0
         #: Addresses of the words of barriers: the count at rank 0, and, behind their number, the releases of all ranks.
@@ -429,6 +433,7 @@ class Communicator(Collectives, Grouping):
         if self.core.trace is not None:
             raise UsageError("operations are recorded already: leave the other trace() first", value="nested")
         recorder = self.core.trace = Recorder(self.rank)
+        self._exchange.ready.clear()
         try:
             yield recorder
         finally:
@@ -459,6 +464,8 @@ class Communicator(Collectives, Grouping):
         if not failed:
             self._p2p.require_idle()
         self.core.closed = True
+        for exchange in self.exchanges:
+            exchange.ready.clear()
         if not failed:
             self.core.fabric.leave()
         self.core.fabric.close()
