@@ -43,7 +43,7 @@ def assert_described(fabric: str, ranks: int, program: list[tuple[Kind, int, int
         return recorder
 
     described = [
-        collectives.describe(kind, ranks, n_bytes, root=root, algorithm=algorithm, stage_bytes=STAGE_BYTES)
+        collectives.describe(kind, ranks, n_bytes, root=root, algorithm=algorithm, half_bytes=STAGE_BYTES)
         for kind, n_bytes, root, algorithm in program
     ]
     for description in described:
@@ -94,7 +94,7 @@ def test_alltoallv(fabric: str, ranks: int, seed: int, most: int) -> None:
             comm.alltoallv(np.zeros(sizes[comm.rank].sum(), np.uint8), sizes[comm.rank])
         return recorder
 
-    described = collectives.alltoallv(sizes, stage_bytes=STAGE_BYTES)
+    described = collectives.alltoallv(sizes, half_bytes=STAGE_BYTES)
     check(described)
     for rank, recorder in enumerate(launch(main, ranks, fabric, heap_bytes=HEAP_BYTES)):
         assert entries_of(recorder) == [("alltoallv", described.entries(rank))]

@@ -30,16 +30,23 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CapacityError, UsageError
+from ..kernels import collectives as kernels
+from ..kernels.wait import OK
+from ..layout.collectives import TB_CAME, TB_EXPECTED, TB_ROWS
 from ..protocol.collectives import FLOWS, Kind
 from . import traced_collectives as traced
 from .buffers import address_of, readable, require_int, writable
-from .core import require_timeout
+from .core import SLICE_NS, require_timeout
 
 if TYPE_CHECKING:
     from .core import Core
-    from .exchange import Exchange, Plan
+    from .exchange import Exchange
+    from .plans import Plan
 
 Array = npt.NDArray[Any]
+
+#: Counted from the first wait on.
+_SLICE = -SLICE_NS
 
 
 class Collectives:
@@ -187,20 +194,43 @@ class Collectives:
     def _collect(
         self, kind: Kind, x: Any, out: Any, op: str | None, root: int | None, algorithm: str, timeout_s: float | None
     ) -> Array:
+        """Any of them. The usual call, of plain arrays and with nothing else to do, is a look-up and a kernel call."""
+        exchange = self._exchange
+        try:
+            plan = exchange.ready[kind, x.dtype, x.nbytes, op, root, algorithm]
+        except (KeyError, AttributeError, TypeError):  # seen for the first time, or no array, or no value at all
+            return self._collect_carefully(kind, x, out, op, root, algorithm, timeout_s)
+        if timeout_s is not None or self.core.progress is not None:
+            return self._collect_carefully(kind, x, out, op, root, algorithm, timeout_s)
+        result: Array = out
+        if out is None:
+            result = x if kind == "broadcast" else plan.make_out(x.shape)
+        status = kernels.collective.call(exchange.address, plan.address, id(x), id(result), 1, _SLICE)
+        if status == kernels.UNFIT:
+            return self._collect_carefully(kind, x, out, op, root, algorithm, timeout_s)
+        if status != OK:
+            exchange.finish(plan, status, id(x), id(result), None)
+        return result
+
+    def _collect_carefully(
+        self, kind: Kind, x: Any, out: Any, op: str | None, root: int | None, algorithm: str, timeout_s: float | None
+    ) -> Array:
         """Any of them: check, run, and hand out the result."""
         exchange = self._exchange
         self.core.require_open()
-        result: Array
         try:
-            x, result, plan = self._checked(kind, x, out, op, root, algorithm)
+            given, made, plan = self._checked(kind, x, out, op, root, algorithm)
             if timeout_s is not None:
                 timeout_s = require_timeout(timeout_s)
         except (UsageError, CapacityError) as error:
             exchange.refuse(error)
-        x_address = _address(x)
-        out_address = x_address if result is x else _address(result)
+        # Where the root alone gives or takes, the next call may have no input, or make no output.
+        usual = kind == "broadcast" or not FLOWS[kind].rooted
+        usual_key = (kind, x.dtype, x.nbytes, op, root, algorithm) if usual else None
+        exchange.prepare(plan, usual_key)
         with traced.metered(exchange, plan):
-            exchange.run(plan, x_address, out_address, timeout_s)
+            exchange.run(plan, _object(given), _object(made), timeout_s)
+        result: Array = made
         return result
 
     def alltoallv(
@@ -211,7 +241,7 @@ class Collectives:
 
         Args:
             x: [rows, ...], the rows for rank 0 first, then those for rank 1, and so on; rows of the same shape and
-                dtype at all ranks.
+                dtype at all ranks, at least a byte each.
             send_counts: [size] integers, the rows for each rank; they sum to the rows of x.
             out: see `Collectives`; with room for at least the rows that come; not `x`.
             recv_counts: [size] integers, how many rows must come from each rank; not looked at if None.
@@ -228,54 +258,48 @@ class Collectives:
         exchange = self._exchange
         self.core.require_open()
         try:
-            x, plan = self._checked_rows(x, send_counts, out)
-            expected = None if recv_counts is None else _counts(recv_counts, "recv_counts", self.size)
+            x, plan = self._checked_rows(x, send_counts, recv_counts, out)
             if timeout_s is not None:
                 timeout_s = require_timeout(timeout_s)
         except (UsageError, CapacityError) as error:
             exchange.refuse(error)
+        exchange.prepare(plan)
+        result = out
         with traced.metered(exchange, plan):
-            x_address = address_of(x)
-            exchange.run(plan, x_address, 0, timeout_s)
-            counts = plan.table[2] // max(plan.row_bytes, 1)
-            wrong = self._wrong_rows(counts, expected, out)
-            if wrong is None:
-                rows = int(counts.sum())
-                result = np.empty((rows, *x.shape[1:]), x.dtype) if out is None else out[:rows]
-            else:  # take part, but take nothing
-                plan.table[2] = 0
-                result = x
-            np.cumsum(plan.table[2][:-1], out=plan.table[3][1:])
-            exchange.run(plan, x_address, address_of(result) or x_address or 1, timeout_s)
-        if wrong is not None:
-            raise wrong
-        return result, counts
+            status = exchange.run(plan, id(x), _object(out), timeout_s)
+            if status == kernels.SIZES_KNOWN:
+                result = np.empty((int(plan.table[TB_CAME].sum()), *x.shape[1:]), x.dtype)
+                status = exchange.run(plan, id(x), id(result), timeout_s)
+        if status == kernels.UNFIT:
+            counts = plan.table[TB_ROWS]
+            text = f"alltoallv: send_counts are {counts.tolist()} and sum to {counts.sum()}, x has {len(x)} rows"
+            exchange.refuse(UsageError(text, value=int(counts.sum()), bound=len(x)))
+        came = plan.table[TB_CAME].copy()
+        if status == kernels.WRONG_ROWS:
+            raise self._wrong_rows(came, plan.table[TB_EXPECTED], out)
+        assert result is not None
+        return result if out is None else result[: int(came.sum())], came
 
-    def _wrong_rows(self, counts: Array, expected: Array | None, out: Array | None) -> UsageError | None:
-        """Why the rows that come can't be taken."""
-        if expected is not None and (wrong := np.flatnonzero(counts != expected)).size:
+    def _wrong_rows(self, came: Array, expected: Array, out: Array | None) -> UsageError:
+        """Why the rows that came could not be taken."""
+        wrong = np.flatnonzero((expected >= 0) & (came != expected))
+        if wrong.size:
             peer = int(wrong[0])
             return UsageError(
-                f"alltoallv: rank {peer} sends {counts[peer]} rows to rank {self.rank}, which expects {expected[peer]}",
-                peer=peer, value=int(counts[peer]), bound=int(expected[peer]),
+                f"alltoallv: rank {peer} sends {came[peer]} rows to rank {self.rank}, which expects {expected[peer]}",
+                peer=peer, value=int(came[peer]), bound=int(expected[peer]),
             )  # fmt: skip
-        rows = int(counts.sum())
-        if out is not None and len(out) < rows:
-            text = f"alltoallv: out has room for {len(out)} rows, {rows} come"
-            return UsageError(text, value=len(out), bound=rows)
-        return None
+        rows, room = int(came.sum()), 0 if out is None else len(out)
+        return UsageError(f"alltoallv: out has room for {room} rows, {rows} come", value=room, bound=rows)
 
-    def _checked_rows(self, x: Any, send_counts: Any, out: Any) -> tuple[Array, Plan]:
-        """Input and plan of alltoallv, after all checks; what is sent where is in the plan's table."""
+    def _checked_rows(self, x: Any, send_counts: Any, recv_counts: Any, out: Any) -> tuple[Array, Plan]:
+        """Input and plan of alltoallv, after all checks; the plan's table holds the numbers of rows."""
         x = readable(x, "x")
         if x.ndim == 0:
             raise UsageError("alltoallv: x must have shape [rows, ...], got a single number", value=())
-        counts = _counts(send_counts, "send_counts", self.size)
-        if counts.sum() != len(x):
-            raise UsageError(
-                f"alltoallv: send_counts sum to {counts.sum()}, x has {len(x)} rows", value=int(counts.sum()),
-                bound=len(x),
-            )  # fmt: skip
+        row_bytes = x.dtype.itemsize * math.prod(x.shape[1:])
+        if row_bytes == 0:
+            raise UsageError(f"alltoallv: x has rows of no bytes, shape {x.shape}", value=x.shape)
         if out is not None:
             out = writable(out, "out")
             if out.dtype != x.dtype or out.ndim != x.ndim or out.shape[1:] != x.shape[1:]:
@@ -283,11 +307,11 @@ class Collectives:
                     f"alltoallv: out must have rows like x, {x.shape[1:]} of {x.dtype}, got {out.shape} of {out.dtype}",
                     value=(out.shape, str(out.dtype)), bound=x.shape[1:],
                 )  # fmt: skip
-            if np.may_share_memory(x, out):
+            if _overlap(x, out):
                 x = x.copy()
-        plan = self._exchange.plan_rows(x.dtype, x.dtype.itemsize * math.prod(x.shape[1:]))
-        np.multiply(counts, plan.row_bytes, out=plan.table[0])
-        np.cumsum(plan.table[0][:-1], out=plan.table[1][1:])
+        plan = self._exchange.plan_rows(x.dtype, row_bytes)
+        plan.table[TB_ROWS] = _counts(send_counts, "send_counts", self.size)
+        plan.table[TB_EXPECTED] = -1 if recv_counts is None else _counts(recv_counts, "recv_counts", self.size)
         return x, plan
 
     def _checked(
@@ -324,7 +348,7 @@ class Collectives:
         if not takes:
             return x, None, plan
         if out is None:
-            return x, np.empty((size, *shape) if flow.keeps else shape, dtype), plan
+            return x, np.empty((*plan.leads, *shape), dtype), plan
         out = writable(out, "out")
         needed_bytes = n_bytes * size if flow.keeps else n_bytes
         if out.dtype != dtype or out.nbytes != needed_bytes:
@@ -333,19 +357,23 @@ class Collectives:
                 f"{out.shape} of {out.dtype}",
                 value=(out.shape, str(out.dtype)), bound=needed_bytes,
             )  # fmt: skip
-        if x is not None and np.may_share_memory(x, out):
-            x = self._apart(kind, x, out, n_bytes)
+        if x is not None and _overlap(x, out):
+            own = address_of(out) + (self.rank * n_bytes if flow.keeps and not flow.parts else 0)
+            # The output would overwrite what is still to be read.
+            if address_of(x) != own or kind not in ("allgather", "allreduce", "gather"):
+                x = x.copy()
         return x, out, plan
 
-    def _apart(self, kind: Kind, x: Array, out: Array, n_bytes: int) -> Array:
-        """The input, or a copy of it where the output would overwrite what is still to be read."""
-        own = out.ctypes.data + (self.rank * n_bytes if FLOWS[kind].keeps and not FLOWS[kind].parts else 0)
-        in_place = x.ctypes.data == own and kind in ("allgather", "allreduce", "gather")
-        return x if in_place else x.copy()
+
+def _object(array: Array | None) -> int:
+    """The array as kernels take it."""
+    return 0 if array is None else id(array)
 
 
-def _address(array: Array | None) -> int:
-    return 0 if array is None else address_of(array)
+def _overlap(x: Array, out: Array) -> bool:
+    """Do two contiguous arrays share bytes?"""
+    start, other = address_of(x), address_of(out)
+    return start < other + out.nbytes and other < start + x.nbytes
 
 
 def _counts(values: Any, name: str, size: int) -> npt.NDArray[np.int64]:
@@ -360,6 +388,4 @@ def _counts(values: Any, name: str, size: int) -> npt.NDArray[np.int64]:
             f"alltoallv: {name} must be {size} integers, got shape {counts.shape} of {counts.dtype}",
             value=counts.shape, bound=size,
         )  # fmt: skip
-    if (counts < 0).any():
-        raise UsageError(f"alltoallv: {name} has {counts.min()}, must be 0 or more", value=int(counts.min()), bound=0)
-    return counts.astype(np.int64, copy=False)
+    return counts

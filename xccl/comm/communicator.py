@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,15 +16,15 @@ import numpy.typing as npt
 from ..errors import UsageError
 from ..fabric import Fabric
 from ..kernels import onesided, words
-from ..layout.collectives import block_bytes
-from ..layout.segment import CTL_BARRIER_ARRIVALS, EXPERT_METADATA_BYTES
-from ..protocol.collectives import counts_arrivals
+from ..layout.collectives import CB_BARRIER_ARRIVALS, CB_BARRIER_RELEASE
+from ..layout.segment import CTL_BARRIER_ARRIVALS, CTL_BARRIER_RELEASE, EXPERT_METADATA_BYTES
 from ..trace.record import Recorder
 from . import traced
 from .buffers import address_of, readable, require_int, writable
 from .collectives import Collectives
 from .core import Core, Waiting, require_timeout
 from .exchange import Exchange
+from .groups import Grouping, GroupParts, Invitations
 from .p2p import PointToPoint, Request
 from .symmetric import Signals, SymmetricAllocator, SymmetricArray
 
@@ -32,53 +33,84 @@ _SIGNAL_OPS = {"set": 0, "add": 1}
 _INT64 = (-(1 << 63), (1 << 63) - 1)
 
 
-class Communicator(Collectives):
+class Communicator(Collectives, Grouping):
     """One rank's end of a session. Made by `xccl.launch` or `xccl.init`; used by one thread at a time.
 
     Attributes:
         rank: this rank, from 0.
         size: number of ranks.
         fabric_name: "shm" or "local".
+        world: the communicator of the session; itself, if this is no group.
+        world_ranks: which rank of the session each rank is, in order.
     """
 
     def __init__(
         self, fabric: Fabric, *, op_timeout_s: float = 30.0, report: Callable[[Any], None] | None = None
     ) -> None:
         geometry = fabric.geometry
-        self.core = Core(fabric, op_timeout_s)
-        self.rank = fabric.rank
-        self.size = fabric.ranks
-        self.fabric_name = fabric.name
+        self.world: Communicator = self
+        #: Those of all communicators of this rank.
+        self.exchanges: weakref.WeakSet[Exchange] = weakref.WeakSet()
         self.app_allocator = SymmetricAllocator("app data area", geometry.app_offset, geometry.app_bytes)
         self.metadata_allocator = SymmetricAllocator(
             "metadata area", geometry.expert_metadata_offset, EXPERT_METADATA_BYTES
         )
         self.heap_allocator = SymmetricAllocator("managed data area", geometry.heap_offset, geometry.heap_bytes)
         self._report = report
-        self._p2p = PointToPoint(self.core)
-        self._exchange = self._own_exchange()
-        self._controls: list[int] = fabric.controls.tolist()
+        self._parts = None
+        core = Core(fabric, op_timeout_s)
+        # Allocated before all else, so that these are at the same offset in all segments.
+        exchange = Exchange.of_session(core, self.heap_allocator, self.metadata_allocator)
+        self.invitations = Invitations(core, self.metadata_allocator)
+        core.exchange = exchange.tell_all
+        self.world_ranks = tuple(range(fabric.ranks))
+        arrivals = int(fabric.controls[0]) + CTL_BARRIER_ARRIVALS
+        self._begin(core, exchange, PointToPoint(core), arrivals, fabric.controls + CTL_BARRIER_RELEASE)
+
+    @classmethod
+    def of_group(cls, comm: Communicator, members: list[int]) -> Communicator:
+        """A group's communicator; see `group`, which checks the arguments.
+
+        Args:
+            comm: any communicator of the session.
+            members: ranks of the session.
+        """
+        group = cls.__new__(cls)
+        group.world = comm.world
+        group.app_allocator, group.metadata_allocator = comm.app_allocator, comm.metadata_allocator
+        group.heap_allocator, group.invitations = comm.heap_allocator, comm.invitations
+        group._report = comm._report
+        group._parts = parts = GroupParts(comm, members)
+        group.world_ranks = parts.fabric.members
+        arrivals = int(parts.blocks[0]) + CB_BARRIER_ARRIVALS
+        group._begin(parts.core, parts.exchange, parts.p2p, arrivals, parts.blocks + CB_BARRIER_RELEASE)
+        return group
+
+    def _begin(
+        self, core: Core, exchange: Exchange, p2p: PointToPoint, arrivals: int, releases: npt.NDArray[np.int64]
+    ) -> None:
+        """What a session's and a group's communicator have in common."""
+        self.core = core
+        self.rank = core.rank
+        self.size = core.size
+        self.fabric_name = core.fabric.name
+        self._p2p = p2p
+        self._exchange = exchange
+        self.world.exchanges.add(exchange)
+        self._controls: list[int] = core.fabric.controls.tolist()
         self._barriers = 0
+        #: Addresses of the words of barriers: the count at rank 0, and, behind their number, the releases of all ranks.
+        self._arrivals = arrivals
+        self._releases = np.array([core.size, *releases], np.int64)
+        self._barrier_words = (arrivals, self._releases.ctypes.data, int(releases[core.rank]))
         #: Numbers of the last barrier at which this rank arrived, and of the last that it released; a signal's value.
         self._scratch = np.zeros(3, np.int64)
         self._arrived: int = self._scratch.ctypes.data
         self._seen: int = self._arrived + 16
 
-    def _own_exchange(self) -> Exchange:
-        """The collective part; its blocks are at the same offset in all segments, being allocated first."""
-        core, fabric = self.core, self.core.fabric
-        n_bytes = block_bytes(self.size)
-        offset = self.metadata_allocator.alloc(n_bytes)
-
-        def commit() -> None:
-            # Where arrivals are counted, a rank writes to its own block and to that of rank 0 alone.
-            for peer in {0, self.rank} if counts_arrivals(self.size) else range(self.size):
-                fabric.commit(peer, offset, n_bytes)
-
-        return Exchange(core, self.heap_allocator, fabric.segments + offset, commit)
-
     def __repr__(self) -> str:
-        return f"Communicator(rank={self.rank}, size={self.size}, fabric={self.fabric_name!r})"
+        group = "" if self._parts is None else f", rank {self.world_ranks[self.rank]} of the session"
+        return f"Communicator(rank={self.rank}, size={self.size}, fabric={self.fabric_name!r}{group})"
 
     @property
     def op_timeout_s(self) -> float:
@@ -325,12 +357,12 @@ class Communicator(Collectives):
         core.require_open()
         timeout_s = core.op_timeout_s if timeout_s is None else require_timeout(timeout_s)
         self._barriers = epoch = self._barriers + 1
-        call, args = onesided.barrier.call, (core.control, core.controls_address, self.size, epoch, self._arrived)
-        arrivals_address = int(core.fabric.controls[0]) + CTL_BARRIER_ARRIVALS
+        call = onesided.barrier.call
+        args = (core.control, core.controls_address, *self._barrier_words, epoch, self._arrived)
 
         def describe() -> Waiting:
             # Once all have arrived, one that was released earlier than this rank may have left: it is not missed.
-            arrivals = int(words.load(arrivals_address)) - (epoch - 1) * self.size
+            arrivals = int(words.load(self._arrivals)) - (epoch - 1) * self.size
             return Waiting("barrier", epoch, expected=self.size, seen=arrivals, everyone=arrivals < self.size)
 
         operation = None if core.trace is None else core.trace.start("barrier", epoch)
@@ -401,6 +433,7 @@ class Communicator(Collectives):
         if self.core.trace is not None:
             raise UsageError("operations are recorded already: leave the other trace() first", value="nested")
         recorder = self.core.trace = Recorder(self.rank)
+        self._exchange.ready.clear()
         try:
             yield recorder
         finally:
@@ -414,6 +447,8 @@ class Communicator(Collectives):
     def close(self, *, failed: bool = False) -> None:
         """Leave the session: this rank's work is done. Called by `launch`, and by leaving a `with` block.
 
+        Of a group: free it.
+
         Args:
             failed: the work is not done; the other ranks were told why.
 
@@ -422,9 +457,15 @@ class Communicator(Collectives):
         """
         if self.core.closed or self.core.is_forked:
             return
+        if self._parts is not None:
+            if not failed:
+                self.free()
+            return
         if not failed:
             self._p2p.require_idle()
         self.core.closed = True
+        for exchange in self.exchanges:
+            exchange.ready.clear()
         if not failed:
             self.core.fabric.leave()
         self.core.fabric.close()

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from ..layout.segment import (
 )
 from ..trace.record import Recorder
 
+if TYPE_CHECKING:
+    from .symmetric import SymmetricAllocator
+
 #: A kernel waits at most this long before Python looks at signals, deadlines and the liveness of peers.
 SLICE_NS = 50_000_000
 #: With hundreds of ranks looking costs more: the slice grows with their number, up to this.
@@ -40,7 +43,7 @@ LEFT = "has finished and left the session"
 _MAX_TIMEOUT_S = 1e9
 
 #: Collective calls by name; the number identifies the call in an agreement.
-_CALLS = ("empty", "signals", "free", "ExpertParallel", "close", "Disaggregated")
+_CALLS = ("empty", "signals", "free", "ExpertParallel", "close", "Disaggregated", "group")
 
 #: How a rank takes part in an agreement: willingly, without room for it, or with an argument that is impossible.
 _FINE, _FULL, _REFUSED = 0, 1, 2
@@ -101,6 +104,10 @@ class Core:
         self.broken: str | None = None
         #: Records what operations do; None while nobody wants to know.
         self.trace: Recorder | None = None
+        #: Blocks that the communicator has reserved, with their allocators, by offset.
+        self.blocks: dict[int, SymmetricAllocator] = {}
+        #: Tells all ranks a few words, and returns those of all: [size, words]. Set by the communicator.
+        self.exchange: Callable[[str, list[int]], np.ndarray] = _no_exchange
         #: Drives requests that are under way; None while there are none.
         self.progress: Callable[[], object] | None = None
         self._agreements = 0
@@ -247,12 +254,8 @@ class Core:
             UsageError: ranks differ, in the call or in an argument, or one has refused; raised by all of them.
             XcclError: `failure` at the rank that has one, CapacityError at the others.
         """
-        self._await_agreement(call)
         values = [_CALLS.index(call), _FULL if failure else _FINE, *arguments.values()]
-        self._publish(values)
-        self._await_agreement(call)
-        records = self.fabric.view(self.rank, AGREEMENT_OFFSET, self.size * 2 * AGREEMENT.size_bytes)
-        seen = records.view(np.int64).reshape(self.size, 2, -1)[:, self._agreements % 2, 1 : 1 + len(values)].copy()
+        seen = self._tell_all(call, values)
         self._compare(call, arguments, seen)
         if failure is not None:
             raise failure
@@ -265,6 +268,15 @@ class Core:
         self._await_agreement(call)
         self._publish([_CALLS.index(call), _REFUSED])
         raise error
+
+    def _tell_all(self, call: str, values: list[int]) -> np.ndarray:
+        """What all ranks say in the next agreement, [size, len(values)]."""
+        self._await_agreement(call)
+        self._publish(values)
+        self._await_agreement(call)
+        records = self.fabric.view(self.rank, AGREEMENT_OFFSET, self.size * 2 * AGREEMENT.size_bytes)
+        epochs = records.view(np.int64).reshape(self.size, 2, -1)[:, self._agreements % 2]
+        return epochs[:, 1 : 1 + len(values)].copy()
 
     def _publish(self, values: list[int]) -> None:
         """Write this rank's part of the next agreement to all ranks."""
@@ -323,6 +335,10 @@ class Core:
             return Waiting(operation, target, peer, target, seen)
 
         self.run(step, describe)
+
+
+def _no_exchange(call: str, values: list[int]) -> np.ndarray:
+    raise FabricError(f"{call}: this communicator has no collectives yet")
 
 
 def grouped(by_rank: Mapping[int, object]) -> str:

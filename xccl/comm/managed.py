@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import CapacityError, XcclError
 from ..layout.record import align_up
 from .core import Core
-from .symmetric import SymmetricAllocator, collective_free, give_back
+from .symmetric import Block, collective_free, reserve
 
 #: Rows of the managed area are committed in units of this.
 _COMMIT_BYTES = 2 << 20
@@ -42,27 +41,14 @@ class Reservation:
     ) -> None:
         core: Core = comm.core
         self._core = core
-        allocators: tuple[SymmetricAllocator, SymmetricAllocator] = (comm.metadata_allocator, comm.heap_allocator)
-        offsets: list[int] = []
-        failure: XcclError | None = None
-        try:
-            try:
-                for allocator, size_bytes in zip(allocators, reserved_bytes, strict=True):
-                    offsets.append(allocator.alloc(size_bytes))
-                for offset, n_bytes in zip(offsets, committed_bytes, strict=True):
-                    core.fabric.commit(core.rank, offset, n_bytes)
-                core.fabric.view(core.rank, offsets[0], committed_bytes[0])[:] = 0
-            except CapacityError as error:
-                failure = error
-            core.agree(call, arguments, failure)
-        except BaseException as error:
-            for allocator, offset in zip(allocators, offsets, strict=False):
-                give_back(core, allocator, offset)
-            if isinstance(error, CapacityError):  # at all ranks: the next call finds what they have given back
-                core.agree("free", {"offset": -1})
-            raise
-        self.fields, self.block = offsets
-        self._blocks = tuple(zip(allocators, offsets, strict=True))
+        blocks = [
+            Block(allocator, size_bytes, committed)
+            for allocator, size_bytes, committed in zip(
+                (comm.metadata_allocator, comm.heap_allocator), reserved_bytes, committed_bytes, strict=True
+            )
+        ]
+        self.fields, self.block = offsets = reserve(core, call, arguments, *blocks)
+        self._blocks = tuple((block.allocator, offset) for block, offset in zip(blocks, offsets, strict=True))
 
     def free(self) -> None:
         """Give all of it back; collective."""

@@ -41,7 +41,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import CapacityError, EventMismatch, FabricError, UsageError, XcclError
+from ..errors import EventMismatch, FabricError, UsageError
 from ..kernels import moe as kernels
 from ..layout import moe as layout
 from ..layout.moe import EXPERT_FIELD_BYTES, SOURCE_DTYPE, STATE, expert_blocks
@@ -52,7 +52,7 @@ from .buffers import BufferPool, address_of, require_int
 from .core import Core
 from .dispatched import Dispatched, Routing
 from .moe_input import bad_choice, check_outputs, check_tokens, check_weights, require_choice, require_float
-from .symmetric import SymmetricAllocator, collective_free, give_back
+from .symmetric import Block, SymmetricAllocator, collective_free, reserve
 
 #: Rows of the managed area are committed in units of this.
 _COMMIT_BYTES = 2 << 20
@@ -142,8 +142,6 @@ class ExpertParallel:
         )  # fmt: skip
         self._allocators: tuple[SymmetricAllocator, SymmetricAllocator] = (comm.metadata_allocator, comm.heap_allocator)
         sizes = (2 * ranks * EXPERT_FIELD_BYTES, blocks.total_bytes)
-        offsets: list[int] = []
-        failure: XcclError | None = None
         arguments = {
             "num_experts": self.num_experts,
             "hidden": self.hidden,
@@ -152,24 +150,11 @@ class ExpertParallel:
             "dtype": code,
             "quant": int(self._is_int8),
         }
-        try:
-            try:
-                for allocator, size in zip(self._allocators, sizes, strict=True):
-                    offsets.append(allocator.alloc(size))
-                core.fabric.commit(core.rank, offsets[0], sizes[0])
-                core.fabric.view(core.rank, offsets[0], sizes[0])[:] = 0
-                core.fabric.commit(core.rank, offsets[1], blocks.rows)
-            except CapacityError as error:
-                failure = error
-            core.agree("ExpertParallel", arguments, failure)
-        except BaseException as error:
-            for allocator, offset in zip(self._allocators, offsets, strict=False):
-                give_back(core, allocator, offset)
-            if isinstance(error, CapacityError):  # at all ranks: the next call finds what they have given back
-                core.agree("free", {"offset": -1})
-            raise
-        fields, heap = offsets
-        self._offsets = offsets
+        self._offsets = reserve(
+            core, "ExpertParallel", arguments,
+            Block(self._allocators[0], sizes[0]), Block(self._allocators[1], sizes[1], blocks.rows),
+        )  # fmt: skip
+        fields, heap = self._offsets
         self._dispatch_fields = fields
         self._combine_fields = fields + ranks * EXPERT_FIELD_BYTES
         self._rows = heap + blocks.rows

@@ -84,7 +84,7 @@ class Request:
     def __init__(
         self, engine: PointToPoint, channel: Channel, buffer: npt.NDArray[Any], event_id: int, lanes: int
     ) -> None:
-        self._engine = engine
+        self.engine = engine
         self.channel = channel
         self.buffer = buffer
         self.event_id = event_id
@@ -113,7 +113,7 @@ class Request:
             PeerDied, SessionAborted: the session is over.
         """
         if self.is_under_way():
-            self._engine.poll(self)
+            self.engine.poll(self)
         if self.error is not None:
             raise self.error.with_traceback(None)
         return self.done
@@ -128,7 +128,7 @@ class Request:
         Raises:
             EventMismatch, UsageError, WaitTimeout, PeerDied, SessionAborted: as for `send` and `recv`.
         """
-        self._engine.wait(self, self._engine.core.op_timeout_s if timeout_s is None else require_timeout(timeout_s))
+        self.engine.wait(self, self.engine.core.op_timeout_s if timeout_s is None else require_timeout(timeout_s))
         if self.error is not None:
             raise self.error.with_traceback(None)
 
@@ -142,12 +142,18 @@ class Request:
 
 
 class PointToPoint:
-    """Channels and requests of one rank."""
+    """Channels of one rank in one communicator, and its requests.
 
-    def __init__(self, core: Core) -> None:
+    Args:
+        core: waits of this rank.
+        world: of the session, when this is a group's: the requests of all communicators of a rank are driven together.
+    """
+
+    def __init__(self, core: Core, world: PointToPoint | None = None) -> None:
         self.core = core
         self._channels: dict[tuple[int, bool], Channel] = {}
-        self._active: list[Request] = []
+        self._world = world
+        self._active: list[Request] = [] if world is None else world._active
 
     def start(self, buffer: Any, peer: int, event_id: int, lanes: int, *, sending: bool, until_ns: int = 0) -> Request:
         """Check the arguments, post a request, and drive it as far as it goes by `until_ns`, without waiting if 0."""
@@ -197,20 +203,21 @@ class PointToPoint:
             raise request.error
 
     def require_idle(self) -> None:
-        """Raise UsageError if requests are under way that somebody could still complete."""
+        """Raise UsageError if requests are under way that somebody could still complete; of a group, its own."""
         self.drive()
-        if self._active and self.core.fabric.abort_word() is None:
-            what = "; ".join(str(request.describe()) for request in self._active[:4])
+        active = [request for request in self._active if self._world is None or request.engine is self]
+        if active and self.core.fabric.abort_word() is None:
+            what = "; ".join(str(request.describe()) for request in active[:4])
             raise UsageError(
-                f"rank {self.core.rank} cannot leave: {len(self._active)} requests are under way ({what}); wait first",
-                value=len(self._active), bound=0,
+                f"rank {self.core.rank} cannot leave: {len(active)} requests are under way ({what}); wait first",
+                value=len(active), bound=0,
             )  # fmt: skip
 
     def drive(self) -> None:
         """Give every request of this rank a chance, in the order in which they were posted."""
         for request in list(self._active):
             if request.is_under_way():
-                self._step(request, 0)
+                request.engine.step(request, 0)
 
     def poll(self, request: Request) -> None:
         """Drive all requests a little, and raise if the session is over or the request's peer has left it."""
@@ -231,7 +238,7 @@ class PointToPoint:
             now_ns = time.monotonic_ns()
             until_ns = min(deadline_ns, now_ns + SLICE_NS)
             alone = len(self._active) == 1
-            status = self._step(request, until_ns) if alone else self._drive_and_sleep(request, until_ns)
+            status = self.step(request, until_ns) if alone else self._drive_and_sleep(request, until_ns)
             if status in (wait.SLICE, wait.ABORTED) or now_ns - looked_ns > SLICE_NS:
                 looked_ns = now_ns
                 if request.is_under_way():
@@ -257,7 +264,8 @@ class PointToPoint:
         finally:
             wait.disarm(control)
 
-    def _step(self, request: Request, until_ns: int) -> int:
+    def step(self, request: Request, until_ns: int) -> int:
+        """Drive one request of this communicator."""
         channel = request.channel
         status = int(channel.kernel.call(channel.address, request.address, until_ns))
         self._after_step(request, status)

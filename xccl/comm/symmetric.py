@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import zlib
 from bisect import bisect_left, insort
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import CapacityError, UsageError, XcclError
+from ..errors import CapacityError, UsageError
+from ..fabric.base import whole_pages
 from ..kernels import words
 from ..layout.record import HOT_LINE_BYTES, align_up
 from .buffers import require_int
 from .core import Core
+
+#: Stands for the offsets of blocks in the agreement on them.
+_OFFSETS = "offsets"
 
 
 class SymmetricAllocator:
@@ -30,15 +36,20 @@ class SymmetricAllocator:
         self._free: list[tuple[int, int]] = [(start, size_bytes)] if size_bytes else []
         self._taken: dict[int, int] = {}
 
-    def alloc(self, n_bytes: int, alignment: int = HOT_LINE_BYTES) -> int:
+    def alloc(self, n_bytes: int, alignment: int = HOT_LINE_BYTES, lowest: int = 0) -> int:
         """Offset of `n_bytes` free bytes, aligned; blocks take at least one unit of alignment.
+
+        Args:
+            n_bytes: how many.
+            alignment: of the offset.
+            lowest: the least offset allowed.
 
         Raises:
             CapacityError: no free range is long enough; says the longest.
         """
         needed_bytes = align_up(max(n_bytes, 1), alignment)
         for i, (start, length) in enumerate(self._free):
-            offset = align_up(start, alignment)
+            offset = align_up(max(start, lowest), alignment)
             spare = offset - start
             if length < spare + needed_bytes:
                 continue
@@ -93,7 +104,7 @@ class SymmetricArray:
         self.itemsize: int = dtype.itemsize
         self.size = int(np.prod(shape, dtype=np.int64))
         self.nbytes = self.size * dtype.itemsize
-        self._offset = _collective_alloc(core, allocator, "empty", self.nbytes, _describe(shape, dtype))
+        (self._offset,) = reserve(core, "empty", _describe(shape, dtype), Block(allocator, self.nbytes))
         self.addresses: list[int] = (core.fabric.segments + self._offset).tolist()
         self._local: npt.NDArray[Any] | None = self.peer(core.rank)
 
@@ -151,9 +162,7 @@ class Signals:
         self._core = core
         self._allocator = allocator
         self.count = count
-        self._offset = _collective_alloc(
-            core, allocator, "signals", count * self.STRIDE_BYTES, {"count": count}, zero=True
-        )
+        (self._offset,) = reserve(core, "signals", {"count": count}, Block(allocator, count * self.STRIDE_BYTES))
         self.addresses: list[int] = (core.fabric.segments + self._offset).tolist()
 
     def read(self, index: int) -> int:
@@ -187,33 +196,90 @@ def _describe(shape: tuple[int, ...], dtype: np.dtype[Any]) -> dict[str, int]:
     return {"ndim": len(shape), "dtype (checksum of its name)": zlib.crc32(str(dtype).encode()), **dims}
 
 
-def _collective_alloc(
-    core: Core, allocator: SymmetricAllocator, call: str, n_bytes: int, arguments: dict[str, int], *, zero: bool = False
-) -> int:
-    """Allocate on all ranks or on none."""
-    offset = -1
-    failure: XcclError | None = None
-    try:
+@dataclass(frozen=True)
+class Block:
+    """Memory that all ranks reserve at the same offset.
+
+    Attributes:
+        allocator: of the area.
+        size_bytes: its size, the same at all ranks.
+        committed_bytes: how much of it, from its start, this rank backs with memory; all of it if None.
+        alignment: of its offset.
+    """
+
+    allocator: SymmetricAllocator
+    size_bytes: int
+    committed_bytes: int | None = None
+    alignment: int = HOT_LINE_BYTES
+
+
+def reserve(core: Core, call: str, arguments: dict[str, int], *blocks: Block) -> list[int]:
+    """Allocate blocks on all ranks or on none, at the same offsets; they read as 0.
+
+    Ranks that have made the same calls before find the same offsets by themselves. Those of a group may have to look
+    again, beyond the highest offset that any of them has found.
+
+    Args:
+        core: of this rank.
+        call: name of the collective call.
+        arguments: what must be the same at all ranks; at most 12.
+        blocks: what to allocate.
+
+    Raises:
+        UsageError: ranks differ in an argument, at all of them.
+        CapacityError: a rank has no room, at all of them.
+    """
+    lowest = [0] * len(blocks)
+    while True:
+        offsets: list[int] = []
+        failure: CapacityError | None = None
         try:
-            offset = allocator.alloc(n_bytes)
-            core.fabric.commit(core.rank, offset, n_bytes)
-            if zero:
-                core.fabric.view(core.rank, offset, n_bytes)[:] = 0
-        except CapacityError as error:
-            failure = error
-        core.agree(call, arguments, failure)
-    except BaseException as error:
-        if offset >= 0:
-            give_back(core, allocator, offset)
-        if isinstance(error, CapacityError):  # at all ranks: the next call finds what they have given back
-            core.agree("free", {"offset": -1})
-        raise
-    return offset
+            try:
+                for block, least in zip(blocks, lowest, strict=True):
+                    offsets.append(block.allocator.alloc(block.size_bytes, block.alignment, least))
+                for block, offset in zip(blocks, offsets, strict=True):
+                    n_bytes = block.size_bytes if block.committed_bytes is None else block.committed_bytes
+                    core.fabric.commit(core.rank, offset, n_bytes)
+            except CapacityError as error:
+                failure = error
+            found = zlib.crc32(np.array(offsets, np.int64).tobytes()) if failure is None else -1
+            core.agree(call, {**arguments, _OFFSETS: found}, failure)
+            core.blocks.update(zip(offsets, (block.allocator for block in blocks), strict=True))
+            return offsets
+        except BaseException as error:
+            for block, offset in zip(blocks, offsets, strict=False):
+                give_back(core, block.allocator, offset)
+            if isinstance(error, CapacityError):  # at all ranks: the next call finds what they have given back
+                core.agree("free", {"offset": -1})
+            if not isinstance(error, UsageError) or error.details.get("argument") != _OFFSETS:
+                raise
+        lowest = _highest(core, call, offsets, failure, len(blocks))
+
+
+def _highest(core: Core, call: str, offsets: list[int], failure: CapacityError | None, count: int) -> list[int]:
+    """The highest offsets that any rank has found; a CapacityError, at all of them, if one has found none."""
+    seen = core.exchange(call, [int(failure is not None), *(offsets if failure is None else [0] * count)])
+    full = np.flatnonzero(seen[:, 0])
+    if full.size:
+        if failure is not None:
+            raise failure
+        raise CapacityError(f"{call}: rank {full[0]} has no room for it, so no rank goes on", peer=int(full[0]))
+    highest: list[int] = seen[:, 1:].max(axis=0).tolist()
+    return highest
 
 
 def give_back(core: Core, allocator: SymmetricAllocator, offset: int) -> None:
-    """Free a block, and the memory behind it in the own segment."""
-    core.fabric.release(offset, allocator.free(offset))
+    """Free a block, and the memory behind it in the own segment. Memory that is free reads as 0."""
+    n_bytes = allocator.free(offset)
+    core.blocks.pop(offset, None)
+    core.fabric.release(offset, n_bytes)
+    start, length = whole_pages(offset, n_bytes)
+    edges = [(offset, start - offset), (start + length, offset + n_bytes - start - length)]
+    for edge, size_bytes in edges if length else [(offset, n_bytes)]:
+        # What can't be backed by memory now was not backed before.
+        with suppress(CapacityError):
+            core.fabric.commit(core.rank, edge, size_bytes)
+            core.fabric.view(core.rank, edge, size_bytes)[:] = 0
 
 
 def collective_free(core: Core, *blocks: tuple[SymmetricAllocator, int]) -> None:

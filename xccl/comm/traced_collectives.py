@@ -15,7 +15,8 @@ from ..layout.collectives import METER_KINDS
 from ..trace.entry import Entry
 
 if TYPE_CHECKING:
-    from .exchange import Exchange, Plan
+    from .exchange import Exchange
+    from .plans import Plan
 
 Ints = npt.NDArray[np.int64]
 

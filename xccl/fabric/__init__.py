@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .base import Fabric
+from .group import GroupFabric
 from .local import LocalFabric, LocalWorld
 from .shm import ShmFabric
 
-__all__ = ["Fabric", "LocalFabric", "LocalWorld", "ShmFabric"]
+__all__ = ["Fabric", "GroupFabric", "LocalFabric", "LocalWorld", "ShmFabric"]

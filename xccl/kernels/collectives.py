@@ -32,6 +32,7 @@ from ..layout.collectives import (
     CS_STAGE,
     CS_STEP,
     CS_STEPS,
+    CS_TAKES,
     CS_TARGET,
     HEADERS_OFFSET,
     INLINE_BYTES,
@@ -49,10 +50,13 @@ from ..layout.collectives import (
     METER_UNPACK,
     PL_BYTES,
     PL_CHUNK,
+    PL_DTYPE,
     PL_FOLD,
     PL_HALF,
+    PL_IN_PLACE,
     PL_INLINE,
     PL_ITEM_BYTES,
+    PL_OUT_BYTES,
     PL_RECEIVER,
     PL_RECV_STRIDE,
     PL_RESULTS,
@@ -62,14 +66,23 @@ from ..layout.collectives import (
     PL_STEPS,
     PL_TABLE,
     PL_TWO_STEP,
+    PL_X_BYTES,
     RECORD_BYTES,
     RECORDS_OFFSET,
+    TB_CAME,
+    TB_EXPECTED,
+    TB_RECEIVED,
+    TB_RECEIVED_AT,
+    TB_ROWS,
+    TB_SENT,
+    TB_SENT_AT,
 )
 from ..layout.segment import CTL_DOORBELL, CTL_WAITERS
 from ._jit import device, kernel
 from .atomics import fence_seq_cst, fetch_add, load_acquire, load_i64, store_i64, store_release
 from .copy import copy_bytes, copy_bytes_auto
 from .fold import fold_rows
+from .ndarray import bytes_of, data_of, first_dim, is_plain
 from .wait import MISMATCH, OK, now_ns, relax, ring, settle, wake
 
 #: Phases of a call.
@@ -78,6 +91,10 @@ IDLE, PUBLISH, AWAIT, CONSUME = range(4)
 SIZES_KNOWN = 1
 #: Another call is in the middle.
 BUSY = 2
+#: The arrays are not what the plan is for; nothing was begun.
+UNFIT = 3
+#: Alltoallv: other numbers of rows came than expected, or there was no room for them; none was written.
+WRONG_ROWS = 4
 
 
 @device
@@ -125,6 +142,11 @@ def _table(state: int, plan: int, column: int, peer: int) -> int:
 
 
 @device
+def _set_table(state: int, plan: int, column: int, peer: int, value: int) -> None:
+    store_i64(load_i64(plan + PL_TABLE) + 8 * (column * load_i64(state + CS_RANKS) + peer), value)
+
+
+@device
 def _slice_bytes(n_bytes: int, ranks: int) -> int:
     """Two steps: bytes of each rank's slice of a window, but for the last ones; whole cache lines."""
     return -(-n_bytes // (64 * ranks)) * 64
@@ -150,11 +172,11 @@ def _fill(state: int, plan: int, record: int, peer: int, x: int, step: int) -> N
     limit = 0
     if n_bytes < 0:
         ranks = load_i64(state + CS_RANKS)
-        n_bytes = _table(state, plan, 0, peer)
-        part = x + _table(state, plan, 1, peer)
+        n_bytes = _table(state, plan, TB_SENT, peer)
+        part = x + _table(state, plan, TB_SENT_AT, peer)
         inline = _is_inline(state, plan, n_bytes)
         for other in range(ranks):
-            limit = max(limit, _table(state, plan, 0, other))
+            limit = max(limit, _table(state, plan, TB_SENT, other))
     store_i64(record + CR_SIGNATURE, load_i64(plan + PL_SIGNATURE))
     store_i64(record + CR_BYTES, n_bytes)
     store_i64(record + CR_LIMIT, limit)
@@ -223,11 +245,11 @@ def _stage_parts(state: int, plan: int, x: int, step: int) -> None:
     if n_bytes < 0:
         counts = load_i64(state + CS_COUNTS) != 0
         for peer in range(ranks):
-            size = _table(state, plan, 0, peer)
+            size = _table(state, plan, TB_SENT, peer)
             if index == 0 and counts:
                 store_i64(target + load_i64(plan + PL_RESULTS) + 8 * peer, size)
             if peer != rank and (counts or size > INLINE_BYTES):
-                source = x + _table(state, plan, 1, peer) + start
+                source = x + _table(state, plan, TB_SENT_AT, peer) + start
                 _stage_piece(state, target + peer * chunk, source, _part_bytes(plan, index, size))
         return
     sender, receiver = load_i64(plan + PL_SENDER), load_i64(plan + PL_RECEIVER)
@@ -332,25 +354,31 @@ def _agrees(state: int, plan: int, step: int) -> bool:
 
 
 @device
-def _learn_sizes(state: int, plan: int, step: int) -> None:
-    """Alltoallv: what each rank sends to this one, and the steps that the largest part of any takes."""
+def _learn_sizes(state: int, plan: int, step: int, room_bytes: int) -> None:
+    """Alltoallv: what each rank sends to this one, whether that can be taken, and how many steps there will be."""
     ranks, rank = load_i64(state + CS_RANKS), load_i64(state + CS_RANK)
-    received = load_i64(plan + PL_TABLE) + 8 * 2 * ranks
-    largest = 0
+    row_bytes = load_i64(plan + PL_ITEM_BYTES)
+    largest, at, takes = 0, 0, 1
     for peer in range(ranks):
-        size = _table(state, plan, 0, peer)
+        size = _table(state, plan, TB_SENT, peer)
         largest = max(largest, size)
-        if peer == rank:
-            store_i64(received + 8 * peer, size)
-            continue
-        record = _record_of(state, peer, step)
-        largest = max(largest, load_i64(record + CR_LIMIT))
-        if load_i64(state + CS_COUNTS) == 0:
+        if peer != rank:
+            record = _record_of(state, peer, step)
+            largest = max(largest, load_i64(record + CR_LIMIT))
             size = load_i64(record + CR_BYTES)
-        else:
-            segment = load_i64(load_i64(state + CS_SEGMENTS) + 8 * peer)
-            size = load_i64(segment + load_i64(record + CR_AT) + load_i64(plan + PL_RESULTS) + 8 * rank)
-        store_i64(received + 8 * peer, size)
+            if load_i64(state + CS_COUNTS) != 0:
+                segment = load_i64(load_i64(state + CS_SEGMENTS) + 8 * peer)
+                size = load_i64(segment + load_i64(record + CR_AT) + load_i64(plan + PL_RESULTS) + 8 * rank)
+        expected = _table(state, plan, TB_EXPECTED, peer)
+        if expected >= 0 and expected * row_bytes != size:
+            takes = 0
+        _set_table(state, plan, TB_RECEIVED, peer, size)
+        _set_table(state, plan, TB_RECEIVED_AT, peer, at)
+        _set_table(state, plan, TB_CAME, peer, size // row_bytes)
+        at += size
+    if room_bytes >= 0 and at > room_bytes:
+        takes = 0
+    store_i64(state + CS_TAKES, takes)
     store_i64(state + CS_STEPS, max(1, -(-largest // load_i64(plan + PL_CHUNK))))
 
 
@@ -375,7 +403,7 @@ def _part_from(state: int, plan: int, peer: int, step: int, x: int, n_bytes: int
     if peer == rank:
         own = rank * load_i64(plan + PL_SEND_STRIDE)
         if load_i64(plan + PL_BYTES) < 0:
-            own = _table(state, plan, 1, rank)
+            own = _table(state, plan, TB_SENT_AT, rank)
         return x + own + load_i64(state + CS_INDEX) * chunk
     record = _record_of(state, peer, step)
     if _is_inline(state, plan, n_bytes):
@@ -401,8 +429,8 @@ def _consume_parts(state: int, plan: int, x: int, out: int, step: int) -> None:
         n_bytes = load_i64(plan + PL_BYTES)
         target = out + peer * load_i64(plan + PL_RECV_STRIDE) + start
         if n_bytes < 0:
-            n_bytes = _table(state, plan, 2, peer)
-            target = out + _table(state, plan, 3, peer) + start
+            n_bytes = _table(state, plan, TB_RECEIVED, peer)
+            target = out + _table(state, plan, TB_RECEIVED_AT, peer) + start
         size = _part_bytes(plan, index, n_bytes)
         source = _part_from(state, plan, peer, step, x, n_bytes)
         if size > 0 and source != target:
@@ -502,8 +530,57 @@ def _keep_slice(state: int, plan: int, out: int) -> None:
 
 
 @device
-def _publish(state: int, plan: int, x: int) -> int:
-    """Stage and announce the next step; its number."""
+def _plan_rows(state: int, plan: int, rows: int) -> bool:
+    """Alltoallv: from rows to bytes; False if they are not the `rows` rows of the input."""
+    row_bytes = load_i64(plan + PL_ITEM_BYTES)
+    at = 0
+    for peer in range(load_i64(state + CS_RANKS)):
+        size = _table(state, plan, TB_ROWS, peer) * row_bytes
+        if size < 0:
+            return False
+        _set_table(state, plan, TB_SENT, peer, size)
+        _set_table(state, plan, TB_SENT_AT, peer, at)
+        at += size
+    return at == rows * row_bytes
+
+
+@device
+def _fit(state: int, plan: int, x: int, out: int) -> bool:
+    """Are the arrays what the plan is for, and apart?"""
+    dtype, ranks = load_i64(plan + PL_DTYPE), load_i64(state + CS_RANKS)
+    x_bytes, out_bytes = load_i64(plan + PL_X_BYTES), load_i64(plan + PL_OUT_BYTES)
+    if x_bytes >= 0:
+        if x == 0 or not is_plain(x, dtype, False):
+            return False
+        if load_i64(plan + PL_SEND_STRIDE) > 0 and first_dim(x) != ranks:
+            return False
+    if out_bytes >= 0:
+        item_bytes = load_i64(plan + PL_ITEM_BYTES)
+        if out == 0 or not is_plain(out, dtype, True) or bytes_of(out, item_bytes) != out_bytes:
+            return False
+        x_data, out_data = data_of(x), data_of(out)
+        if x_bytes > 0 and x_data < out_data + out_bytes and out_data < x_data + x_bytes:
+            place = load_i64(plan + PL_IN_PLACE)
+            return place >= 0 and x_data == out_data + place
+    return True
+
+
+@device
+def _begin(state: int, plan: int, x: int, out: int, check: int) -> bool:
+    if check != 0 and not _fit(state, plan, x, out):
+        return False
+    if load_i64(plan + PL_BYTES) < 0 and not _plan_rows(state, plan, first_dim(x)):
+        return False
+    store_i64(state + CS_PLAN, plan)
+    store_i64(state + CS_INDEX, 0)
+    store_i64(state + CS_STEPS, load_i64(plan + PL_STEPS))
+    store_i64(state + CS_TAKES, 1)
+    return True
+
+
+@device
+def _publish(state: int, plan: int, x: int) -> None:
+    """Stage and announce the next step."""
     step = load_i64(state + CS_STEP) + 1
     if load_i64(plan + PL_TWO_STEP) != 0:
         _stage_window(state, plan, x, step)
@@ -512,63 +589,66 @@ def _publish(state: int, plan: int, x: int) -> int:
     store_i64(state + CS_STEP, step)
     store_i64(state + CS_CURSOR, 0)
     _say(state, plan, x, step)
-    return step
 
 
-@kernel("int64(int64, int64, int64, int64, int64)")
-def collective(state: int, plan: int, x: int, out: int, until_ns: int) -> int:
+@kernel("int64(int64, int64, int64, int64, int64, int64)")
+def collective(state: int, plan: int, x_array: int, out_array: int, check: int, until_ns: int) -> int:
     """Begin a call, or go on with the one that is under way.
 
     Args:
         state: address of the communicator's state.
         plan: address of the call's plan.
-        x: address of the input.
-        out: address of the output; 0 in alltoallv if it is to be made when sizes are known.
+        x_array: address of the array object of the input, 0 for none.
+        out_array: that of the output; 0 in alltoallv if it is to be made when sizes are known.
+        check: 1: look whether the arrays are what the plan is for; 0: they are.
         until_ns: when to return at the latest; below 0: so many ns from the first wait on; 0: do not wait.
 
     Returns:
-        OK, SLICE, ABORTED, PENDING; MISMATCH if ranks disagree about the call: nothing was moved; SIZES_KNOWN; or BUSY
-        if another call is under way.
+        OK, SLICE, ABORTED, PENDING; MISMATCH if ranks disagree about the call: nothing was moved; or SIZES_KNOWN, BUSY,
+        UNFIT, WRONG_ROWS.
     """
     phase = load_i64(state + CS_PHASE)
     if phase == IDLE:
-        store_i64(state + CS_PLAN, plan)
-        store_i64(state + CS_INDEX, 0)
-        store_i64(state + CS_STEPS, load_i64(plan + PL_STEPS))
+        if not _begin(state, plan, x_array, out_array, check):
+            return UNFIT
         phase = PUBLISH
     elif load_i64(state + CS_PLAN) != plan:
         return BUSY
+    x, out = data_of(x_array), data_of(out_array)
     while True:
         if phase == PUBLISH:
             _publish(state, plan, x)
             phase = AWAIT
         step = load_i64(state + CS_STEP)
+        index = load_i64(state + CS_INDEX)
         if phase == AWAIT:
             status = _await_all(state, step, until_ns)
             if status != OK:
                 store_i64(state + CS_PHASE, AWAIT)
                 return status
-            if load_i64(state + CS_INDEX) == 0:
+            if index == 0:
                 if not _agrees(state, plan, step):
                     store_i64(state + CS_PHASE, IDLE)
                     return MISMATCH
                 if load_i64(plan + PL_BYTES) < 0:
-                    _learn_sizes(state, plan, step)
-                    if out == 0:
+                    room_bytes = -1
+                    if out_array != 0:
+                        room_bytes = first_dim(out_array) * load_i64(plan + PL_ITEM_BYTES)
+                    _learn_sizes(state, plan, step, room_bytes)
+                    if out_array == 0 and load_i64(state + CS_TAKES) != 0:
                         store_i64(state + CS_PHASE, CONSUME)
                         return SIZES_KNOWN
         two_step = load_i64(plan + PL_TWO_STEP) != 0
-        index = load_i64(state + CS_INDEX) + 1
-        makes = two_step and index < load_i64(state + CS_STEPS)
+        makes = two_step and index + 1 < load_i64(state + CS_STEPS)
         size = 0
         if two_step:
-            if index > 1:
+            if index > 0:
                 _gather_results(state, plan, out, step)
             if makes:
                 size = _slice_operands(state, plan, x, step)
         elif load_i64(plan + PL_FOLD) >= 0:
             size = _operands(state, plan, x, out, step)
-        else:
+        elif load_i64(state + CS_TAKES) != 0:
             _consume_parts(state, plan, x, out, step)
         if size > 0:
             n = size // load_i64(plan + PL_ITEM_BYTES)
@@ -577,18 +657,16 @@ def collective(state: int, plan: int, x: int, out: int, until_ns: int) -> int:
             _meter(state, METER_FOLD, load_i64(state + CS_RANK), size)
         if makes:
             _keep_slice(state, plan, out)
-        if index >= load_i64(state + CS_STEPS):
+        if index + 1 >= load_i64(state + CS_STEPS):
             store_i64(state + CS_PHASE, IDLE)
-            return OK
-        store_i64(state + CS_INDEX, index)
+            return OK if load_i64(state + CS_TAKES) != 0 else WRONG_ROWS
+        store_i64(state + CS_INDEX, index + 1)
         phase = PUBLISH
 
 
 @kernel("void(int64, int64)")
 def refuse(state: int, plan: int) -> None:
     """Publish a step that no other rank agrees with, and wait for nobody; `collective` with this plan waits."""
-    store_i64(state + CS_PLAN, plan)
-    store_i64(state + CS_INDEX, 0)
-    store_i64(state + CS_STEPS, 1)
+    _begin(state, plan, 0, 0, 0)
     _publish(state, plan, 0)
     store_i64(state + CS_PHASE, AWAIT)

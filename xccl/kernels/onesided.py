@@ -11,8 +11,6 @@ from ..layout.segment import (
     AGREE_EPOCH,
     AGREE_VALUES,
     CONTROL_OFFSET,
-    CTL_BARRIER_ARRIVALS,
-    CTL_BARRIER_RELEASE,
     CTL_DOORBELL,
 )
 from ._jit import device, kernel
@@ -93,14 +91,18 @@ def wait_until(control: int, address: int, comparison: int, value: int, seen_add
     return OK
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64)")
-def barrier(control: int, controls: int, ranks: int, epoch: int, arrived: int, until_ns: int) -> int:
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64)")
+def barrier(
+    control: int, controls: int, arrivals: int, releases: int, own: int, epoch: int, arrived: int, until_ns: int
+) -> int:
     """Barrier number `epoch` (from 1).
 
     Args:
         control: address of the own control area.
         controls: address of [ranks] int64, the control areas of all ranks.
-        ranks: number of ranks.
+        arrivals: address of the word at rank 0 that counts arrivals.
+        releases: address of int64 [ranks + 1]: the number of ranks, then the addresses of their release words.
+        own: address of the own release word.
         epoch: number of this barrier, the same at all ranks.
         arrived: address of two numbers: that of the last barrier at which this rank was counted, since a call that goes
             on after a slice must not be counted again; and that of the last one which it released, as the last to come.
@@ -109,16 +111,16 @@ def barrier(control: int, controls: int, ranks: int, epoch: int, arrived: int, u
     if load_i64(arrived) != epoch:
         store_i64(arrived, epoch)
         # SYNC POINT barrier: the counting is acquire and release, so the last to arrive has seen what all did before.
-        if fetch_add(load_i64(controls) + CTL_BARRIER_ARRIVALS, 1) + 1 == epoch * ranks:
+        ranks = load_i64(releases)
+        if fetch_add(arrivals, 1) + 1 == epoch * ranks:
             store_i64(arrived + 8, epoch)
             for i in range(ranks):
-                peer = load_i64(controls + 8 * i)
-                store_release(peer + CTL_BARRIER_RELEASE, epoch)
-                ring(peer)
+                store_release(load_i64(releases + 8 + 8 * i), epoch)
+                ring(load_i64(controls + 8 * i))
     n = 0
     while True:
         seq = load_acquire(control + CTL_DOORBELL)
-        if load_acquire(control + CTL_BARRIER_RELEASE) >= epoch:
+        if load_acquire(own) >= epoch:
             break
         n = relax(control, n, seq, until_ns)
         if n < 0:

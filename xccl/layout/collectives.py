@@ -90,6 +90,7 @@ CS_PLAN = COLLECTIVE_STATE.add("plan", 8, "address of the plan of the call under
 CS_INDEX = COLLECTIVE_STATE.add("index", 8, "step within the call")
 CS_STEPS = COLLECTIVE_STATE.add("steps", 8, "steps of the call")
 CS_CURSOR = COLLECTIVE_STATE.add("cursor", 8, "first rank whose record was not seen yet")
+CS_TAKES = COLLECTIVE_STATE.add("takes", 8, "alltoallv: 1 if what comes is what was expected, and has room")
 CS_METER = COLLECTIVE_STATE.add("meter", 8, "address of [kinds][ranks][2] int64: units and bytes moved; 0 for none")
 
 PLAN = Record("collective plan", "Private to a rank: a call with its arguments but for the addresses of data.")
@@ -107,7 +108,16 @@ PL_STEPS = PLAN.add("steps", 8, "number of steps; not in alltoallv")
 PL_INLINE = PLAN.add("inline", 8, "1: parts travel in the records")
 PL_HALF = PLAN.add("half", 8, "distance of the two halves of the staging area")
 PL_RESULTS = PLAN.add("results", 8, "two steps: where results start in a half; alltoallv: where sizes do")
-PL_TABLE = PLAN.add("table", 8, "alltoallv: address of [4][ranks] int64: bytes sent, where, bytes received, where")
+PL_TABLE = PLAN.add("table", 8, "alltoallv: address of int64 [columns][ranks], see `TABLE_COLUMNS`")
+PL_DTYPE = PLAN.add("dtype", 8, "address of the dtype object of input and output")
+PL_X_BYTES = PLAN.add("x_bytes", 8, "bytes of the input; -1: there is none")
+PL_OUT_BYTES = PLAN.add("out_bytes", 8, "bytes of the output; -1: there is none, or it is the input")
+PL_IN_PLACE = PLAN.add("in_place", 8, "where in the output the input may lie; -1: nowhere")
+
+#: Table of alltoallv: rows for each rank, and expected from each (-1: any number), by the caller; then bytes for each
+#: and where they start, bytes from each and where they go, and rows that came from each.
+TABLE_COLUMNS: Final = 7
+TB_ROWS, TB_EXPECTED, TB_SENT, TB_SENT_AT, TB_RECEIVED, TB_RECEIVED_AT, TB_CAME = range(TABLE_COLUMNS)
 
 #: What a meter counts, by kind: records and payloads written to a rank, waits for it, arrivals at it, releases of it;
 #: bytes staged, copied from the own input, pulled from a rank, taken from records that it wrote here, reduced; results

@@ -33,6 +33,7 @@ import numpy.typing as npt
 
 from ..errors import UsageError
 from ..layout.collectives import CR_PAYLOAD, INLINE_BYTES, MESH_RANKS, aligned_part
+from ..layout.segment import Geometry
 from .stage import (
     Description,
     Ints,
@@ -53,8 +54,9 @@ Kind = Literal[
 Algorithm = Literal["mesh", "two-step"]
 ALGORITHMS: Final = ("mesh", "two-step")
 
-#: Each half of the staging area, and so what one step can carry.
-STAGE_BYTES: Final = 1 << 20
+#: The most that each half of a rank's staging area holds, and those of all ranks together.
+_STAGE_BYTES: Final = 8 << 20
+_STAGES_BYTES: Final = 1 << 30
 _LINE: Final = 64
 
 
@@ -97,6 +99,11 @@ FLOWS: Final[dict[Kind, Flow]] = {
 TWO_STEP: Final = frozenset({"allreduce", "broadcast"})
 
 
+def stage_bytes(ranks: int, heap_bytes: int = Geometry.heap_bytes) -> int:
+    """Size of each half of the staging area: what a rank can give in one step."""
+    return min(_STAGE_BYTES, _STAGES_BYTES // ranks, heap_bytes // 4) // _LINE * _LINE
+
+
 def counts_arrivals(ranks: int) -> bool:
     """Are arrivals counted, rather than written to each rank by each?"""
     return ranks > MESH_RANKS
@@ -130,7 +137,7 @@ def choose(kind: Kind, ranks: int, n_bytes: int) -> Algorithm:
     return "mesh"
 
 
-def cut(kind: Kind, ranks: int, n_bytes: int, algorithm: str = "auto", stage_bytes: int = STAGE_BYTES) -> Cut:
+def cut(kind: Kind, ranks: int, n_bytes: int, algorithm: str = "auto", half_bytes: int | None = None) -> Cut:
     """Cut a call.
 
     Args:
@@ -138,15 +145,17 @@ def cut(kind: Kind, ranks: int, n_bytes: int, algorithm: str = "auto", stage_byt
         ranks: number of ranks.
         n_bytes: size of a part: what a rank has for one rank, or for all; in alltoallv the largest of all.
         algorithm: "auto", "mesh", or for allreduce and broadcast "two-step".
-        stage_bytes: bytes of each half of the staging area.
+        half_bytes: of each half of the staging area; `stage_bytes` if None.
 
     Raises:
         UsageError: there is no such algorithm for this collective.
     """
+    if half_bytes is None:
+        half_bytes = stage_bytes(ranks)
     if algorithm == "auto":
         algorithm = choose(kind, ranks, n_bytes)
     if algorithm == "two-step" and kind in TWO_STEP:
-        return _cut_in_two(ranks, n_bytes, stage_bytes)
+        return _cut_in_two(ranks, n_bytes, half_bytes)
     if algorithm != "mesh":
         known = ("auto", *ALGORITHMS) if kind in TWO_STEP else ("auto", "mesh")
         raise UsageError(
@@ -155,23 +164,23 @@ def cut(kind: Kind, ranks: int, n_bytes: int, algorithm: str = "auto", stage_byt
     flow, counts = FLOWS[kind], counts_arrivals(ranks)
     places = ranks if flow.parts else 1
     sizes_bytes = aligned_part(8 * ranks) if kind == "alltoallv" else 0
-    chunk_bytes = (stage_bytes - sizes_bytes) // places // _LINE * _LINE
+    chunk_bytes = (half_bytes - sizes_bytes) // places // _LINE * _LINE
     if kind != "alltoallv":
         chunk_bytes = min(chunk_bytes, max(aligned_part(n_bytes), _LINE))
     # A single record says the same to all ranks.
     inline = kind != "alltoallv" and n_bytes <= INLINE_BYTES and not (counts and flow.parts)
     steps = 1 if inline else max(1, -(-n_bytes // chunk_bytes))
-    half_bytes = 0 if inline else places * chunk_bytes + sizes_bytes
-    return Cut("mesh", inline, INLINE_BYTES if inline else chunk_bytes, steps, places * chunk_bytes, half_bytes)
+    used_bytes = 0 if inline else places * chunk_bytes + sizes_bytes
+    return Cut("mesh", inline, INLINE_BYTES if inline else chunk_bytes, steps, places * chunk_bytes, used_bytes)
 
 
-def _cut_in_two(ranks: int, n_bytes: int, stage_bytes: int) -> Cut:
+def _cut_in_two(ranks: int, n_bytes: int, half_bytes: int) -> Cut:
     # A window, and behind it the results of a slice of one.
-    window_bytes = (stage_bytes - _LINE) * ranks // (ranks + 1) // _LINE * _LINE
+    window_bytes = (half_bytes - _LINE) * ranks // (ranks + 1) // _LINE * _LINE
     window_bytes = min(window_bytes, max(aligned_part(n_bytes), _LINE))
     steps = 1 + -(-n_bytes // window_bytes)
-    half_bytes = window_bytes + -(-window_bytes // (_LINE * ranks)) * _LINE
-    return Cut("two-step", False, window_bytes, steps, window_bytes, half_bytes)
+    used_bytes = window_bytes + -(-window_bytes // (_LINE * ranks)) * _LINE
+    return Cut("two-step", False, window_bytes, steps, window_bytes, used_bytes)
 
 
 # -- descriptions -----------------------------------------------------------------------------------------------------
@@ -185,7 +194,7 @@ def describe(
     item_bytes: int = 1,
     root: int = 0,
     algorithm: str = "auto",
-    stage_bytes: int = STAGE_BYTES,
+    half_bytes: int | None = None,
     lanes: int = 1,
 ) -> Description:
     """The stages of a collective other than alltoallv.
@@ -197,14 +206,14 @@ def describe(
         item_bytes: size of an element.
         root: the rank that gives (broadcast, scatter) or takes (gather).
         algorithm: as for `cut`.
-        stage_bytes: bytes of each half of the staging area.
+        half_bytes: of each half of the staging area; `stage_bytes` if None.
         lanes: of each rank.
 
     Raises:
         UsageError: there is no such algorithm or root.
     """
     rank_columns(ranks, root)
-    how = cut(kind, ranks, n_bytes, algorithm, stage_bytes)
+    how = cut(kind, ranks, n_bytes, algorithm, half_bytes)
     if how.algorithm == "two-step":
         return _two_step(kind, ranks, n_bytes, item_bytes, root, how, lanes)
     flow = FLOWS[kind]
@@ -218,16 +227,16 @@ def describe(
     return _mesh(kind, ranks, sizes.reshape(ranks, ranks), item_bytes, how, lanes)
 
 
-def alltoallv(sizes_bytes: npt.ArrayLike, *, stage_bytes: int = STAGE_BYTES, lanes: int = 1) -> Description:
+def alltoallv(sizes_bytes: npt.ArrayLike, *, half_bytes: int | None = None, lanes: int = 1) -> Description:
     """The stages of alltoallv.
 
     Args:
         sizes_bytes: [ranks, ranks] bytes from each rank (row) to each other.
-        stage_bytes: bytes of each half of the staging area.
+        half_bytes: of each half of the staging area; `stage_bytes` if None.
         lanes: of each rank.
     """
     sizes: Ints = np.atleast_2d(np.asarray(sizes_bytes, np.int64))
-    how = cut("alltoallv", len(sizes), int(sizes.max(initial=0)), "mesh", stage_bytes)
+    how = cut("alltoallv", len(sizes), int(sizes.max(initial=0)), "mesh", half_bytes)
     return _mesh("alltoallv", len(sizes), sizes, 1, how, lanes)
 
 
