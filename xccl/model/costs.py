@@ -109,7 +109,8 @@ def cost_stages(description: Description, topology: Topology) -> list[StageCost]
     is_streamed = any(stage.streamed for stage in description.stages)
     machine = topology.machine
     lanes = min(description.lanes, int(machine["lane.count"]))
-    stages = [_cost_stage(stage, lanes, topology, is_streamed) for stage in description.stages]
+    each = {s.what: int(s.count.max(initial=1)) for stage in description.stages for s in stage.signals}
+    stages = [_cost_stage(stage, lanes, topology, is_streamed, each) for stage in description.stages]
     # The launch comes before everything, at every rank; where stages are calls of their own, each has a launch more,
     # and prepares what it moves besides the first kind of payload.
     launches = [machine["kernel.launch_us"], *[0.0] * len(stages)]
@@ -160,7 +161,7 @@ def awaited_senders(stages: list[StageCost], ranks: int) -> list[list[tuple[str,
     return found
 
 
-def _cost_stage(stage: Stage, lanes: int, topology: Topology, is_streamed: bool) -> StageCost:
+def _cost_stage(stage: Stage, lanes: int, topology: Topology, is_streamed: bool, each: dict[str, int]) -> StageCost:
     machine, ranks = topology.machine, topology.ranks
     n_bytes = np.zeros(ranks)
     alone, unit, latency = np.zeros(ranks), np.zeros(ranks), np.zeros(ranks)
@@ -201,8 +202,8 @@ def _cost_stage(stage: Stage, lanes: int, topology: Topology, is_streamed: bool)
     poll = np.zeros(ranks)
     waits = []
     for wait in stage.waits:
-        # Of each peer named, all its signals; of any peer, as many senders as there are signals awaited.
-        senders = np.where(wait.peer >= 0, wait.count > 0, wait.count)
+        # Of each peer named, all its signals; of any peer, as many senders as send so many: each sends `each` of them.
+        senders = np.where(wait.peer >= 0, wait.count > 0, -(-wait.count // max(each.get(wait.what, 1), 1)))
         waits.append((wait.what, np.bincount(wait.rank, senders, ranks).astype(np.int64)))
         words = np.bincount(wait.rank, wait.count, ranks)
         if is_streamed:  # as for signals
