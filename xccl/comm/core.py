@@ -247,7 +247,7 @@ class Core:
 
         Args:
             call: name of the call, one of `_CALLS`.
-            arguments: what must be the same everywhere, by name; at most 13.
+            arguments: what must be the same everywhere, by name; at most 24.
             failure: why this rank cannot do it although its arguments are fine.
 
         Raises:

@@ -95,8 +95,8 @@ AGREEMENT = Record(
     "turn: a rank is at most one agreement ahead of any other.",
 )
 AGREE_EPOCH = AGREEMENT.add("epoch", 8, "number of the agreement, published last (SYNC POINT agreement)")
-AGREE_VALUES = AGREEMENT.add("values", 15 * 8, "kind of call, then its arguments")
-AGREE_MAX_VALUES = 15
+AGREE_MAX_VALUES = 31
+AGREE_VALUES = AGREEMENT.add("values", AGREE_MAX_VALUES * 8, "kind of call, then its arguments")
 
 CONTROL_OFFSET = HEADER.size_bytes
 #: Where the agreement records start, from the start of the segment: [ranks][2].
