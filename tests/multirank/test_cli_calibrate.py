@@ -14,7 +14,7 @@ from xccl.cli import host_run
 from xccl.cli.host_measure import SIZES, HostMeter, pin
 from xccl.cli.host_moe import describe
 from xccl.cli.host_profile import host_machine
-from xccl.cli.host_samples import Samples, Stopwatch, figures
+from xccl.cli.host_samples import Samples, Steps, Stopwatch, figures
 from xccl.cli.main import main
 from xccl.errors import ModelError
 from xccl.model.machine import Machine, load_machine, parse_machine, profile_text
@@ -28,7 +28,7 @@ _GBPS = 20.0
 def measured(gbps_of_large: float) -> dict[str, float]:
     """Times of a made-up machine, us: the same rate everywhere, but another one for working sets from 4 MiB on."""
     times = {"rows": 10.0, "near_copy": 8.0, "near_quantise": 20.0, "call": 0.2, "wait": 1.2, "trip": 40.0}
-    times |= {"launch": 2.0, "payloads": 4.0}
+    times |= {"launch": 2.0, "record": 4.0}
     for size in SIZES:
         rate = (_GBPS if size < (4 << 20) else gbps_of_large) * 1e3
         times |= {f"{name} {size}": size / rate for name in ("repeat", "copy")}
@@ -94,9 +94,10 @@ def test_both_ranks_stop_together(fabric: str) -> None:
     """The limit of one rank is a hundred times that of the other; both take the same samples."""
 
     def rank(comm: xccl.Communicator) -> Samples:
-        watch = Stopwatch(comm, wanted=1 << 20, limit_s=0.01 if comm.rank == 0 else 1.0)
+        watch = Stopwatch(comm, wanted=1 << 20)
         for _ in range(3):
-            watch.collect([{"a": lambda: None, "b": lambda: time.sleep(1e-4)}, {"c": lambda: None}])
+            cycle: list[Steps] = [{"a": lambda: None, "b": lambda: time.sleep(1e-4)}, {"c": lambda: None}]
+            watch.collect(cycle, 0.01 if comm.rank == 0 else 1.0)
         return watch.take()
 
     one, other = xccl.launch(rank, 2, fabric=fabric, timeout_s=30.0)
@@ -107,8 +108,8 @@ def test_both_ranks_stop_together(fabric: str) -> None:
 
 def test_a_step_that_gives_its_core_away_is_disturbed(fabric: str) -> None:
     def rank(comm: xccl.Communicator) -> Samples:
-        watch = Stopwatch(comm, wanted=1 << 20, limit_s=0.05)
-        watch.collect([{"sleep": lambda: time.sleep(1e-3) if comm.rank == 0 else None}])
+        watch = Stopwatch(comm, wanted=1 << 20)
+        watch.collect([{"sleep": lambda: time.sleep(1e-3) if comm.rank == 0 else None}], 0.05)
         return watch.take()
 
     for samples in xccl.launch(rank, 2, fabric=fabric, timeout_s=30.0):
@@ -136,6 +137,15 @@ def test_undisturbed_samples_are_preferred() -> None:
         assert found.undisturbed == pytest.approx(share)
 
 
+def test_rounds_without_good_samples_do_not_count() -> None:
+    bad = [(9000, 2)] * 5
+    rounds = [{"a": [(1000, 0)] * 3 + bad}, {"a": bad}, {"a": [(4000, 0), *bad]}]
+    assert figures([rounds])["a"].p50_us == 1.0
+    assert figures([rounds[1:]])["a"].p50_us == 9.0
+    few = [{"a": [(time_ns, 0), *bad]} for time_ns in (1000, 2000, 3000)]  # enough together
+    assert figures([few])["a"].p50_us == 2.0
+
+
 def test_two_kinds_of_times_are_both_in_the_mean() -> None:
     samples = [(1000, 0), (3000, 0)] * 10
     assert figures([[{"a": samples}]])["a"].mid_us == pytest.approx(2.0)
@@ -160,7 +170,7 @@ def test_figures_by_hand(made_up: Machine) -> None:
     assert made_up["vector.rate_gelements"] == pytest.approx(7 * 16 * 4 * 2048 / 12e3)
     assert made_up["sync.post_us"] == pytest.approx(1.0 - 0.2)
     assert made_up["sync.poll_us"] == pytest.approx(0.5)
-    assert made_up["kernel.payload_us"] == pytest.approx(1.0)
+    assert made_up["kernel.record_us"] == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("quant", ["none", "int8"])

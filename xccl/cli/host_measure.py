@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import ml_dtypes
 import numpy as np
 
-from xccl.cli.host_samples import Samples, Steps, Stopwatch
+from xccl.cli.host_samples import Samples, Steps, Stopwatch, limit_s
 from xccl.comm.buffers import BufferPool, address_of
 from xccl.comm.core import Waiting
 from xccl.comm.dispatched import Routing
@@ -40,13 +40,12 @@ SMALL_ROW_BYTES: Final = 64
 #: Tokens that fit into the nearest cache with what becomes of them, and how often they are worked on.
 NEAR_TOKENS: Final = 4
 NEAR_TIMES: Final = 16
-#: Kinds of payload of which a record and arrays are kept, each written and read: places and counts.
-PAYLOADS: Final = 4
+#: A record is begun by the stage that writes, and completed by the one that reads.
+RECORDING_STAGES: Final = 2
 #: Ping-pongs in a sample.
 PINGS: Final = 20
-#: Undisturbed samples of each figure in a round, and when to go on without them.
+#: Undisturbed samples of each figure in a round.
 _WANTED: Final = 16
-_LIMIT_S: Final = 0.5
 _AT_LEAST: Final = onesided.COMPARISONS["ge"]
 _PYTHON_TOKENS: Final = 8
 _PYTHON_EXPERTS: Final = 32
@@ -64,7 +63,7 @@ class HostMeter:
     def __init__(self, comm: Communicator) -> None:
         largest = max(SIZES)
         self._comm = comm
-        self._watch = Stopwatch(comm, _WANTED, _LIMIT_S)
+        self._watch = Stopwatch(comm, _WANTED)
         peer = 1 - comm.rank
         area, inbox = comm.empty((largest,), np.uint8), comm.empty((largest // 2,), np.uint8)
         self._own: int = area.addresses[comm.rank]
@@ -83,10 +82,9 @@ class HostMeter:
     def round(self, sizes: tuple[int, ...] = SIZES) -> Samples:
         """Some samples of everything, "NAME" or "NAME BYTES"."""
         for size in sizes:
-            self._watch.collect(self._repeat_and_get(size))
-            self._watch.collect(self._copy_and_sum(size))
-            self._watch.collect(self._put(size))
-        self._watch.collect(self._small())
+            for pattern in (self._repeat_and_get, self._copy_and_sum, self._put):
+                self._watch.collect(pattern(size), limit_s(size))
+        self._watch.collect(self._small(), limit_s(0))
         return self._watch.take()
 
     # -- rows, in the caches and out of them -------------------------------------------------------------------------
@@ -133,7 +131,7 @@ class HostMeter:
             evict,
             {"launch": self._python.launch},
             evict,
-            {"payloads": self._python.payloads},
+            {"record": self._python.record},
             {"trip": self._trips},
         ]
 
@@ -173,7 +171,7 @@ class _Python:
         check_weights(self._weights, self._weights.shape)
         self._pool.take(self._x.shape, self._x.dtype)
 
-    def payloads(self) -> None:
+    def record(self) -> None:
         """A record of where rows go, and arrays for their places and counts, of which a kernel gets the addresses."""
         routing = Routing(_PYTHON_TOKENS, COPIES, _PYTHON_EXPERTS, _PYTHON_EXPERTS // 2, 2)
         places, counts = np.empty(_PYTHON_TOKENS, SOURCE_DTYPE), np.empty(_PYTHON_EXPERTS, np.int64)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import ml_dtypes
 import numpy as np
 
-from xccl.cli.host_samples import Samples, Stopwatch
+from xccl.cli.host_samples import Samples, Stopwatch, limit_s
 from xccl.comm.moe import ExpertParallel
 from xccl.protocol import moe
 from xccl.protocol.counts import RoutingCounts
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from xccl.protocol.stage import Description
 
 _RANKS = 2
-#: Undisturbed iterations in a round, and when to go on without them.
+#: Undisturbed iterations in a round.
 _WANTED = 15
-_LIMIT_S = 1.0
 
 
 def describe(operation: str, hidden: int, quant: str, tokens: int, *, experts: int, top_k: int) -> Description:
@@ -41,7 +40,7 @@ class HostMoe:
 
     def __init__(self, comm: Communicator, hidden: int, quant: str, tokens: int, *, experts: int, top_k: int) -> None:
         rng = np.random.default_rng(comm.rank)
-        self._watch = Stopwatch(comm, _WANTED, _LIMIT_S)
+        self._watch = Stopwatch(comm, _WANTED)
         self._name = f"{quant} {tokens} {hidden}"
         self._ep = ExpertParallel(
             comm, num_experts=experts, hidden=hidden, top_k=top_k, max_tokens=tokens, dtype=ml_dtypes.bfloat16,
@@ -61,5 +60,5 @@ class HostMoe:
             "combine": lambda: self._ep.combine(self._out, self._dispatched, self._weights),
         }
         for operation, step in steps.items():
-            self._watch.collect([{f"{operation} {self._name}": step}])
+            self._watch.collect([{f"{operation} {self._name}": step}], limit_s(self._out.nbytes))
         return self._watch.take()

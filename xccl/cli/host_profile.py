@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from xccl.cli.host_measure import COPIES, HIDDEN, NEAR_TIMES, NEAR_TOKENS, PAYLOADS, PINGS, SMALL_ROW_BYTES, SMALL_ROWS
+from xccl.cli.host_measure import (
+    COPIES,
+    HIDDEN,
+    NEAR_TIMES,
+    NEAR_TOKENS,
+    PINGS,
+    RECORDING_STAGES,
+    SMALL_ROW_BYTES,
+    SMALL_ROWS,
+)
 from xccl.model.machine import HOST, Machine, Parameter
 
 #: Words that a measured wait looks at.
@@ -104,8 +113,8 @@ class _Profile:
         self._measured("sync.post_us", _beyond(trip_us, call_us), "half a round trip of a signal, beyond its call")
         self._add("sync.signal_us", 0.0, "part of sync.post_us")
         self._measured("kernel.launch_us", self._times_us["launch"], "checks of two arguments, an array for the result")
-        what = "a record and arrays for another kind of payload, as it is written or read"
-        self._measured("kernel.payload_us", self._times_us["payloads"] / PAYLOADS, what)
+        what = "a record of what goes where, with its arrays, half of it in the stage that writes"
+        self._measured("kernel.record_us", self._times_us["record"] / RECORDING_STAGES, what)
 
 
 def _beyond(whole_us: float, part_us: float) -> float:

@@ -8,8 +8,10 @@ of these, or time is up; ranks tell each other after each step, so that they go 
 
 from __future__ import annotations
 
+import os
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
@@ -22,11 +24,13 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 
-#: With fewer samples than this of a quality, those of the next one count, too.
+#: With fewer samples than this of a quality in a round, it does not count; if that is so in all, they count together;
+#: if there are fewer than this in all, those of the next quality count, too.
 _FEW: Final = 3
-#: Qualities of a sample, in the order of preference, and what a rank adds for the other one when it wants to stop.
+_LIMIT_S: Final = 0.4
+_LARGE_BYTES: Final = 4 << 20
+#: Qualities of a sample, in the order of preference.
 _GOOD, _AFTER_DISTURBANCE, _DISTURBED = 0, 1, 2
-_OUT_OF_TIME: Final = 4
 
 #: What one rank has seen in one round: by name, nanoseconds and quality.
 Samples = dict[str, list[tuple[int, int]]]
@@ -40,41 +44,46 @@ class Stopwatch:
     Args:
         comm: of this rank.
         wanted: undisturbed samples of each step in a round.
-        limit_s: when to stop without them.
     """
 
-    def __init__(self, comm: Communicator, wanted: int, limit_s: float) -> None:
+    def __init__(self, comm: Communicator, wanted: int) -> None:
         self._comm = comm
         self._wanted = wanted
-        self._limit_ns = int(limit_s * 1e9)
-        self._told = comm.empty((1,), np.int64)
+        self._told = comm.empty((2,), np.int64)
         self._to_peer = self._told.peer(1 - comm.rank)
         self._samples: Samples = {}
         self._is_disturbed = True
 
-    def collect(self, cycle: Sequence[Steps]) -> None:
-        """Go through a cycle of steps until there are enough samples of each; the first cycle does not count."""
-        until_ns = perf_counter_ns() + self._limit_ns
-        for steps in cycle:
-            self._measure(steps, until_ns)
-        counts = [0] * len(cycle)
-        is_late = False
-        while min(counts) < self._wanted and not is_late:
-            for i, steps in enumerate(cycle):
-                times_ns, said = self._measure(steps, until_ns)
-                quality = said % _OUT_OF_TIME
-                for name, time_ns in zip(steps, times_ns, strict=True):
-                    self._samples.setdefault(name, []).append((time_ns, quality))
-                counts[i] += quality == _GOOD
-                is_late |= said >= _OUT_OF_TIME
+    def collect(self, cycle: Sequence[Steps], limit_s: float) -> None:
+        """Go through a cycle of steps until there are enough samples of each, or time is up; the first does not count.
+
+        Args:
+            cycle: all ranks pass the same steps.
+            limit_s: may differ; a busy machine needs more time the longer the steps are.
+        """
+        with _uninterrupted():
+            self._collect(cycle, perf_counter_ns() + int(limit_s * 1e9))
 
     def take(self) -> Samples:
         """The samples of a round; the next one begins with none."""
         taken, self._samples = self._samples, {}
         return taken
 
-    def _measure(self, steps: Steps, until_ns: int) -> tuple[list[int], int]:
-        """Times, and their quality as the rank says that was worse off."""
+    def _collect(self, cycle: Sequence[Steps], until_ns: int) -> None:
+        for steps in cycle:
+            self._measure(steps, until_ns)
+        counts = [0] * len(cycle)
+        is_late = False
+        while min(counts) < self._wanted and not is_late:
+            for i, steps in enumerate(cycle):
+                times_ns, quality, is_over = self._measure(steps, until_ns)
+                for name, time_ns in zip(steps, times_ns, strict=True):
+                    self._samples.setdefault(name, []).append((time_ns, quality))
+                counts[i] += quality == _GOOD
+                is_late |= is_over
+
+    def _measure(self, steps: Steps, until_ns: int) -> tuple[list[int], int, bool]:
+        """Times, their quality at the rank that was worse off, and whether time is up for either rank."""
         switches = _switches()
         self._comm.barrier()
         times_ns = []
@@ -84,13 +93,35 @@ class Stopwatch:
             times_ns.append(perf_counter_ns() - start_ns)
         is_after, self._is_disturbed = self._is_disturbed, _switches() != switches
         quality = _DISTURBED if self._is_disturbed else _AFTER_DISTURBANCE if is_after else _GOOD
+        is_over = perf_counter_ns() > until_ns
         # The peer reads this after one barrier, and before the next.
-        self._to_peer[0] = quality + _OUT_OF_TIME * (perf_counter_ns() > until_ns)
+        self._to_peer[:] = quality, is_over
         self._comm.barrier()
-        mine, theirs = int(self._to_peer[0]), int(self._told.local[0])
-        return times_ns, max(mine % _OUT_OF_TIME, theirs % _OUT_OF_TIME) + (
-            mine | theirs
-        ) // _OUT_OF_TIME * _OUT_OF_TIME
+        theirs, they_are_over = self._told.local.tolist()
+        return times_ns, max(quality, theirs), is_over or bool(they_are_over)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """The core is this thread's alone, if the system lets it: with real-time priority, for some tens of milliseconds.
+
+    Without that privilege, samples are disturbed as often as others want the core.
+    """
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(os.sched_get_priority_min(os.SCHED_FIFO)))
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
+def limit_s(n_bytes: int) -> float:
+    """How long to try for steps of so many bytes; it takes a tenth of that where nobody else wants the core."""
+    return _LIMIT_S * (1 + n_bytes / _LARGE_BYTES)
 
 
 def _switches() -> int:
@@ -124,23 +155,27 @@ def figures(rounds: Sequence[Sequence[Samples]]) -> dict[str, Figure]:
     """
     found = {}
     for name in rounds[0][0]:
-        chosen, shares = [], []
+        times_us, quality = [], []
         for of_ranks in zip(*rounds, strict=True):
             columns = np.array([samples[name] for samples in of_ranks])
-            quality = columns[:, :, 1].max(axis=0)
-            chosen.append(_best(columns[:, :, 0].max(axis=0) / 1e3, quality))
-            shares.append(float((quality < _DISTURBED).mean()))
-        low, middle, high = np.percentile([np.median(times_us) for times_us in chosen], (25, 50, 75)).tolist()
-        mid_us = float(np.median([_middle_mean(times_us) for times_us in chosen]))
-        found[name] = Figure(middle, mid_us, (high - low) / 2 / middle if middle else 0.0, float(np.mean(shares)))
+            times_us.append(columns[:, :, 0].max(axis=0) / 1e3)
+            quality.append(columns[:, :, 1].max(axis=0))
+        chosen = _best(times_us, quality)
+        low, middle, high = np.percentile([np.median(of_round) for of_round in chosen], (25, 50, 75)).tolist()
+        mid_us = float(np.median([_middle_mean(of_round) for of_round in chosen]))
+        undisturbed = float(np.mean(np.concatenate(quality) < _DISTURBED))
+        found[name] = Figure(middle, mid_us, (high - low) / 2 / middle if middle else 0.0, undisturbed)
     return found
 
 
-def _best(times_us: Floats, quality: npt.NDArray[np.int64]) -> Floats:
-    """The times of the best quality of which there are more than a few."""
+def _best(times_us: Sequence[Floats], quality: Sequence[npt.NDArray[np.int64]]) -> Sequence[Floats]:
+    """The times, by round, of the best quality of which there are more than a few: in rounds, or in all together."""
     for worst in (_GOOD, _AFTER_DISTURBANCE):
-        if np.count_nonzero(quality <= worst) >= _FEW:
-            return times_us[quality <= worst]
+        by_round = [times[of_round <= worst] for times, of_round in zip(times_us, quality, strict=True)]
+        if enough := [times for times in by_round if len(times) >= _FEW]:
+            return enough
+        if sum(map(len, by_round)) >= _FEW:
+            return [np.concatenate(by_round)]
     return times_us
 
 

@@ -112,7 +112,7 @@ def cost_stages(description: Description, topology: Topology) -> list[StageCost]
     each = {s.what: int(s.count.max(initial=1)) for stage in description.stages for s in stage.signals}
     stages = [_cost_stage(stage, lanes, topology, is_streamed, each) for stage in description.stages]
     # The launch comes before everything, at every rank; where stages are calls of their own, each has a launch more,
-    # and prepares what it moves besides the first kind of payload.
+    # and one that moves more than one kind of payload keeps a record of what goes where.
     launches = [machine["kernel.launch_us"], *[0.0] * len(stages)]
     return [
         replace(
@@ -120,7 +120,7 @@ def cost_stages(description: Description, topology: Topology) -> list[StageCost]
             poll_us=cost.poll_us
             + launch_us
             + machine["kernel.stage_us"]
-            + max(len(stage.transfers) - 1, 0) * machine["kernel.payload_us"],
+            + (machine["kernel.record_us"] if len(stage.transfers) > 1 else 0.0),
         )
         for cost, stage, launch_us in zip(stages, description.stages, launches, strict=False)
     ]
@@ -287,7 +287,7 @@ def _work_us(work: Work, moved_bytes: Floats, lanes: int, machine: Machine) -> t
     The units are dealt to the lanes; sums are cut across all of them. A scan is over before its results are of use.
     `moved_bytes`, [n], is what the transfers of the stage move: its working set.
     """
-    copied = work.n_bytes / (machine.at("lane.local_rate_gbps", np.maximum(moved_bytes, work.n_bytes)) * 1e3)
+    copied = work.n_bytes / (machine.at("lane.fused_local_rate_gbps", np.maximum(moved_bytes, work.n_bytes)) * 1e3)
     units = np.maximum(work.units, 1)
     if work.kind == "scan":
         total = copied + work.elements / (machine["vector.scan_gelements"] * 1e3)

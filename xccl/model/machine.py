@@ -34,7 +34,7 @@ _SAME_AS: Mapping[str, str | float] = {
     "lane.local_pull_rate_gbps": "lane.local_rate_gbps",
     "lane.local_repeat_rate_gbps": "lane.local_rate_gbps",
     "lane.fused_local_rate_gbps": "lane.local_pull_rate_gbps",
-    "kernel.payload_us": 0.0,
+    "kernel.record_us": 0.0,
     "kernel.stage_us": 0.0,
     "vector.overlaps": 1.0,
     "vector.sums_apart": 1.0,
