@@ -12,8 +12,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-import ml_dtypes
 import numpy as np
+import numpy.typing as npt
+from ml_dtypes import bfloat16
 
 from xccl.cli.host_samples import Samples, Steps, Stopwatch, limit_s
 from xccl.comm.buffers import BufferPool, address_of
@@ -27,6 +28,8 @@ from xccl.layout.moe import SOURCE_DTYPE
 
 if TYPE_CHECKING:
     from xccl.comm.communicator import Communicator
+
+Array = npt.NDArray[Any]
 
 #: Working sets of the curves: MoE layers of a few tokens up to hundreds move so much.
 SIZES: Final = tuple(1 << k for k in range(16, 25))
@@ -71,10 +74,12 @@ class HostMeter:
         #: Where each rank takes puts; not where it writes its own rows, which a protocol's peers only read.
         self._inbox: int = inbox.addresses[comm.rank]
         self._peer_inbox: int = inbox.addresses[peer]
-        rng = np.random.default_rng(comm.rank)
-        values = rng.standard_normal(largest // 2, np.float32).astype(ml_dtypes.bfloat16)
-        self._keep: list[Any] = [area, inbox, values, _touched(largest), _touched(largest), np.zeros(16, np.int64)]
-        self._tokens, self._result, self._sums, self._scratch = map(address_of, self._keep[2:])
+        self._areas = area, inbox
+        self._values = np.random.default_rng(comm.rank).standard_normal(largest // 2, np.float32).astype(bfloat16)
+        self._pool = BufferPool()
+        self._held: list[Array] = []
+        self._words = np.zeros(16, np.int64)
+        self._scratch = address_of(self._words)
         self._signals = comm.signals(2)
         self._python = _Python(comm, self._signals)
         self._pings = 0
@@ -84,43 +89,62 @@ class HostMeter:
         for size in sizes:
             for pattern in (self._repeat_and_get, self._copy_and_sum, self._put):
                 self._watch.collect(pattern(size), limit_s(size))
+                self._held.clear()
         self._watch.collect(self._small(), limit_s(0))
+        self._held.clear()
         return self._watch.take()
+
+    # Buffers are as large as those of an operation, and come from where those come from: the kernel backs large ones
+    # with larger pages than small ones.
+
+    def _source(self, n_bytes: int) -> int:
+        """Address of values of its own."""
+        self._held.append(self._values[: n_bytes // 2].copy())
+        return address_of(self._held[-1])
+
+    def _result(self, n_bytes: int) -> int:
+        """Address of a result."""
+        self._held.append(self._pool.take((n_bytes,), np.dtype(np.uint8)))
+        return address_of(self._held[-1])
 
     # -- rows, in the caches and out of them -------------------------------------------------------------------------
 
     def _repeat_and_get(self, size: int) -> list[Steps]:
         """Rows are written, each to several places; half of them are then copied by this rank, half by its peer."""
         half, n_rows, copy = size // 2, size // ROW_BYTES, onesided.copy.call
-        write = partial(rows.copy_rows.call, self._own, self._tokens, ROW_BYTES, n_rows, COPIES)
-        get = partial(copy, self._result, self._peer + half, half)
-        local_get = partial(copy, self._result + half, self._own, half)
+        tokens, result = self._source(size // COPIES), self._result(size)
+        write = partial(rows.copy_rows.call, self._own, tokens, ROW_BYTES, n_rows, COPIES)
+        get = partial(copy, result, self._peer + half, half)
+        local_get = partial(copy, result + half, self._own, half)
         return [{f"repeat {size}": write}, {f"get {size}": get, f"local_get {size}": local_get}]
 
     def _copy_and_sum(self, size: int) -> list[Steps]:
         """Rows are copied, each to one place; half of them are then summed by this rank, half by its peer."""
         half, n_rows = size // 2, size // ROW_BYTES
-        write = partial(rows.copy_rows.call, self._own, self._tokens, ROW_BYTES, n_rows, 1)
-        sum_get, local_sum = self._sum(self._peer + half, n_rows // 2), self._sum(self._own, n_rows // 2)
+        sums = self._result(size // COPIES)
+        write = partial(rows.copy_rows.call, self._own, self._source(size), ROW_BYTES, n_rows, 1)
+        sum_get = self._sum(sums, self._peer + half, half)
+        local_sum = self._sum(sums + half // COPIES, self._own, half)
         return [{f"copy {size}": write}, {f"sum {size}": sum_get, f"local_sum {size}": local_sum}]
 
     def _put(self, size: int) -> list[Steps]:
         """Each rank puts to the other one, and then reads what was put to it: the next put finds it read."""
         half, copy = size // 2, onesided.copy.call
-        put = partial(copy, self._peer_inbox, self._tokens, half)
-        return [{f"put {size}": put}, {f"take {size}": partial(copy, self._result, self._inbox, half)}]
+        put = partial(copy, self._peer_inbox, self._source(half), half)
+        return [{f"put {size}": put}, {f"take {size}": partial(copy, self._result(half), self._inbox, half)}]
 
-    def _sum(self, source: int, n_rows: int) -> Callable[[], object]:
-        n_sums = n_rows // COPIES
-        return partial(rows.sum_rows.call, BF16, self._sums, source, HIDDEN, ROW_BYTES, n_sums, self._scratch)
+    def _sum(self, destination: int, source: int, n_bytes: int) -> Callable[[], object]:
+        n_sums = n_bytes // ROW_BYTES // COPIES
+        return partial(rows.sum_rows.call, BF16, destination, source, HIDDEN, ROW_BYTES, n_sums, self._scratch)
 
     # -- what does not depend on the working set ---------------------------------------------------------------------
 
     def _small(self) -> list[Steps]:
-        many = partial(rows.copy_rows.call, self._result, self._tokens, SMALL_ROW_BYTES, SMALL_ROWS, SMALL_ROWS)
-        copy = partial(rows.copy_rows.call, self._result, self._tokens, HIDDEN, NEAR_TOKENS, 1)
-        quantise = partial(rows.quantise_rows.call, BF16, self._result, self._tokens, ROW_BYTES, HIDDEN, NEAR_TOKENS)
-        evict: Steps = {"evict": partial(rows.copy_rows.call, self._own, self._tokens, ROW_BYTES, 32, 1)}
+        tokens, result = self._source(SMALL_ROWS * ROW_BYTES), self._result(SMALL_ROWS * ROW_BYTES)
+        many = partial(rows.copy_rows.call, result, tokens, SMALL_ROW_BYTES, SMALL_ROWS, SMALL_ROWS)
+        copy = partial(rows.copy_rows.call, result, tokens, HIDDEN, NEAR_TOKENS, 1)
+        quantise = partial(rows.quantise_rows.call, BF16, result, tokens, ROW_BYTES, HIDDEN, NEAR_TOKENS)
+        evict: Steps = {"evict": partial(rows.copy_rows.call, self._own, tokens, ROW_BYTES, 32, 1)}
         return [
             {"rows": many},
             {"near_copy": _times(NEAR_TIMES, copy), "near_quantise": _times(NEAR_TIMES, quantise)},
@@ -156,7 +180,7 @@ class _Python:
     def __init__(self, comm: Communicator, signals: Signals) -> None:
         self._core = comm.core
         self._word: int = signals.addresses[comm.rank]
-        self._x = np.zeros((_PYTHON_TOKENS, HIDDEN), ml_dtypes.bfloat16)
+        self._x = np.zeros((_PYTHON_TOKENS, HIDDEN), bfloat16)
         self._weights = np.zeros((_PYTHON_TOKENS, COPIES), np.float32)
         self._pool = BufferPool()
         self._kept: tuple[object, ...] = ()
@@ -186,10 +210,3 @@ def _times(n: int, step: Callable[[], object]) -> Callable[[], None]:
             step()
 
     return steps
-
-
-def _touched(n_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """A private buffer that begins at a cache line, its pages touched."""
-    raw = np.ones(n_bytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + n_bytes]

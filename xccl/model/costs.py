@@ -7,13 +7,20 @@ Equations, for a rank and a stage (parameters in the profile's names):
     lanes            T_lane = ceil(units / lanes) * mean u; with named lanes, the sum of the busiest
     DMA engines      T_dma = dma.startup * max(1, units / dma.outstanding) + bytes / dma.rate
     transfers        a flow of all bytes, at most bytes / (T_lane + T_dma) fast; all share ports, chips, uplinks, HBM
-    vector work      T_work = ceil(units / lanes) * (elements * instructions / vector.rate + bytes / lane.local_rate) of
-                     a unit, overlapping the transfers; a sum is cut across the lanes, whatever its units; a scan is
-                     scalar: elements / vector.scan
+    vector work      T_work = ceil(units / lanes) * (elements * instructions / vector.rate + bytes / rate) of a unit,
+                     at lane.fused_local_rate, overlapping the transfers if vector.overlaps; a sum is cut across the
+                     lanes, whatever its units; a scan is scalar: elements / vector.scan
     signals          T_signal = sync.post + (ceil(signals / lanes) - 1) * sync.signal, and a round trip if a value is
                      fetched; when streamed, those of the last pieces only
     waits            T_poll = ceil(words / lanes) * sync.poll
     lane barrier     sync.lane_barrier, after what the lanes wrote has arrived
+    calls            kernel.launch before the first stage; kernel.stage before each, and kernel.record if it moves more
+                     than one kind of payload
+
+Rates of lanes: lane.rate for what is pushed, lane.pull_rate for what is pulled, lane.fused_rate for what is summed as
+it comes; local ones within a rank, and lane.local_repeat_rate for rows that go to several places. Each may be a curve
+over the bytes that the rank moves in the stage. What a profile leaves out is the same as another figure, or nothing
+(see `machine`).
 
 Reading and writing a unit overlap through the ping-pong pair of unified buffers, so a unit costs the slower of the two
 once. The first signal of a lane is posted behind its data; each further one, to another peer, waits until the one
