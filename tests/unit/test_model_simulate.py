@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -176,3 +178,21 @@ def test_send_receive_stops_gaining_at_24_lanes(machine: Machine, peer: int) -> 
     assert most <= enough * 1.01
     assert enough < most * 1.05
     assert enough < total_us(32) * 1.05
+
+
+@pytest.mark.parametrize("operation", ["dispatch", "combine"])
+@pytest.mark.parametrize("protocol", [moe, moe_push], ids=["pull", "push"])
+def test_results_do_not_depend_on_the_order_of_events(operation: str, protocol: Any, machine: Machine) -> None:
+    """Events of one moment are handled by rank: other numbers for the same dies, and so another order, change nothing."""
+    ranks, rng = 32, np.random.default_rng(3)
+    counts = rng.integers(0, 9, (ranks, ranks))
+    counts[:, 5] *= 4
+    renumbered = rng.permutation(ranks)
+    other = np.zeros_like(counts)
+    other[np.ix_(renumbered, renumbered)] = counts
+    make = getattr(protocol, operation)
+    first, second = (make(RoutingCounts.from_counts(c, 64), hidden=HIDDEN) for c in (counts, other))
+    die = np.empty(ranks, np.int64)
+    die[renumbered] = np.arange(ranks)
+    a, b = simulate(first, place(machine, ranks)), simulate(second, place(machine, ranks, die.tolist()))
+    np.testing.assert_allclose(b.end_us[:, renumbered], a.end_us, rtol=1e-6, atol=ROUNDING_US)
