@@ -159,6 +159,46 @@ def test_in_place(fabric: str) -> None:
     launch(main, ranks, fabric, **SMALL_HEAP)
 
 
+@pytest.mark.parametrize("ranks", [2, 5, 34])
+@pytest.mark.parametrize("which", ["all", "some", "one"])
+def test_registered_inputs(fabric: str, ranks: int, which: str) -> None:
+    """Inputs in symmetric arrays, of all, some or one rank: read where they lie, and not after the call has ended."""
+    count = 40_000 // ranks
+    dtype = np.dtype(np.float32)
+    parts = random_arrays(4, ranks, (ranks, count), dtype, tame=True)
+    wants = {kind: expected(kind, [p if FLOWS[kind].parts else p[0] for p in parts], "sum", 1) for kind in KINDS}
+    counts = np.random.default_rng(1).integers(0, 2 * count // ranks, (ranks, ranks))
+    rows = [random_arrays(5 + r, 1, (int(counts[r].sum()),), dtype, tame=True)[0] for r in range(ranks)]
+    want_rows = reference.alltoallv(rows, counts)
+
+    def main(comm: xccl.Communicator) -> None:
+        rank = comm.rank
+        registers = which == "all" or (which == "some" and rank % 2 == 0) or (which == "one" and rank == 1)
+        own = comm.empty((ranks, count), dtype), comm.empty(2 * count, dtype)
+        for _ in range(2):
+            for kind in KINDS:
+                for algorithm in ["auto", *(["two-step"] if kind in TWO_STEP else [])]:
+                    data = parts[rank] if FLOWS[kind].parts else parts[rank][0]
+                    x: Any = own[0].local if FLOWS[kind].parts else own[0].local[0]
+                    if not registers:
+                        x = np.zeros_like(data)
+                    x[...] = data
+                    options: dict[str, Any] = {"algorithm": algorithm}
+                    if FLOWS[kind].rooted:
+                        options["root"] = 1
+                    if kind == "scatter" and rank != 1:
+                        x, options["out"] = None, np.zeros(count, dtype)
+                    assert_same(getattr(comm, kind)(x, **options), wants[kind][rank], f"{kind}, {algorithm}")
+                    if x is not None:
+                        x[...] = np.nan  # nobody reads it any more
+            x = own[1].local[: len(rows[rank])] if registers else np.zeros_like(rows[rank])
+            x[...] = rows[rank]
+            assert_same(comm.alltoallv(x, counts[rank])[0], want_rows[rank][0], "alltoallv")
+            x[...] = np.nan
+
+    launch(main, ranks, "local" if ranks > 5 else fabric, heap_bytes=1 << 17)
+
+
 def test_strided_and_empty_shapes(fabric: str) -> None:
     def main(comm: xccl.Communicator) -> None:
         grid = np.arange(60, dtype=np.int32).reshape(6, 10) + comm.rank

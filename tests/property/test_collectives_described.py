@@ -23,10 +23,11 @@ STAGE_BYTES = HEAP_BYTES // 4
 KINDS: list[Kind] = [kind for kind in FLOWS if kind not in ("alltoallv", "agreement")]
 
 
-def call(comm: xccl.Communicator, kind: Kind, n_bytes: int, root: int, algorithm: str) -> None:
+def call(comm: xccl.Communicator, kind: Kind, n_bytes: int, root: int, algorithm: str, registered: bool) -> None:
     """A collective with parts of `n_bytes`; not in place."""
     flow = FLOWS[kind]
-    x: Any = np.zeros((comm.size, n_bytes) if flow.parts else n_bytes, np.uint8)
+    shape = (comm.size, n_bytes) if flow.parts else (n_bytes,)
+    x: Any = comm.empty(shape, np.uint8).local if registered else np.zeros(shape, np.uint8)
     options: dict[str, Any] = {"algorithm": algorithm}
     if flow.rooted:
         options["root"] = root
@@ -35,15 +36,18 @@ def call(comm: xccl.Communicator, kind: Kind, n_bytes: int, root: int, algorithm
     getattr(comm, kind)(x, **options)
 
 
-def assert_described(fabric: str, ranks: int, program: list[tuple[Kind, int, int, str]]) -> None:
+def assert_described(
+    fabric: str, ranks: int, program: list[tuple[Kind, int, int, str]], *, registered: bool = False
+) -> None:
     def main(comm: xccl.Communicator) -> Recorder:
         with comm.trace() as recorder:
             for each in program:
-                call(comm, *each)
+                call(comm, *each, registered)
         return recorder
 
+    options: Any = {"half_bytes": STAGE_BYTES, "registered": registered}
     described = [
-        collectives.describe(kind, ranks, n_bytes, root=root, algorithm=algorithm, half_bytes=STAGE_BYTES)
+        collectives.describe(kind, ranks, n_bytes, root=root, algorithm=algorithm, **options)
         for kind, n_bytes, root, algorithm in program
     ]
     for description in described:
@@ -77,6 +81,15 @@ def test_collectives(fabric: str, case: tuple[int, list[tuple[Kind, int, int, st
     if fabric == "shm" and ranks > 5:
         fabric = "local"
     assert_described(fabric, ranks, program)
+
+
+@pytest.mark.parametrize("n_bytes", [8, 5000, 40_000])
+@pytest.mark.parametrize("ranks", [1, 3, 34])
+def test_registered_inputs(fabric: str, ranks: int, n_bytes: int) -> None:
+    """Large ones are read where they lie, and a step more says that they were read."""
+    program = [(kind, n_bytes, ranks - 1, "auto") for kind in KINDS]
+    program += [(kind, n_bytes, 0, "two-step") for kind in sorted(TWO_STEP)]
+    assert_described("local" if ranks > 3 else fabric, ranks, program, registered=True)
 
 
 @settings(max_examples=20)

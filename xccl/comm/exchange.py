@@ -73,6 +73,7 @@ class Exchange:
             layout.CS_SEGMENTS: core.segments_address,
             layout.CS_BLOCKS: blocks.ctypes.data,
             layout.CS_ROWS: self._rows.ctypes.data,
+            layout.CS_SEGMENT_BYTES: core.fabric.segment_bytes,
             layout.CS_RANK: core.rank,
             layout.CS_RANKS: core.size,
             layout.CS_COUNTS: int(counts_arrivals(core.size)),

@@ -68,6 +68,8 @@ class Plan:
             layout.PL_RESULTS: how.results,
             layout.PL_TABLE: self.table.ctypes.data,
             layout.PL_DTYPE: id(dtype),
+            layout.PL_ARRAY_TYPE: id(np.ndarray),
+            layout.PL_EXPOSE: how.expose_bytes,
         }
         for offset, value in (cut_words | words).items():
             self._words[offset // 8] = value

@@ -55,6 +55,11 @@ class Fabric(ABC):
         return self.geometry.ranks
 
     @property
+    def segment_bytes(self) -> int:
+        """Size of a segment."""
+        return self.geometry.total_bytes
+
+    @property
     def control(self) -> int:
         """Address of the own control area."""
         return int(self.controls[self.rank])

@@ -57,6 +57,11 @@ class GroupFabric(Fabric):
         self.controls = world.controls[list(members)]
         self.name = world.name  # type: ignore[misc]
 
+    @property
+    def segment_bytes(self) -> int:
+        """Size of a segment, whatever of it is the group's."""
+        return self.world.segment_bytes
+
     def place_point_to_point(self, fields_at: int, rings_at: int) -> None:
         """Say where the group's fields and rings are."""
         self.geometry = GroupGeometry.of(self.world.geometry, len(self.members), fields_at, rings_at)

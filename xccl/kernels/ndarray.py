@@ -24,7 +24,6 @@ _DIMS = _HEADER + 16
 _DESCR = _HEADER + 40
 _FLAGS = _HEADER + 48
 _CONTIGUOUS, _WRITEABLE = 0x1, 0x400
-_ARRAY_TYPE = id(np.ndarray)
 
 
 def _check_layout() -> None:
@@ -39,7 +38,7 @@ def _check_layout() -> None:
     dims = ctypes.c_int64.from_address(word(_DIMS)).value
     flags = word(_FLAGS, ctypes.c_int32)
     seen = (word(_TYPE), word(_DATA), word(_NDIM, ctypes.c_int32), dims, word(_DESCR), flags)
-    if seen != (_ARRAY_TYPE, probe.ctypes.data, 2, 2, id(probe.dtype), probe.flags.num) or flags & _WRITEABLE:
+    if seen != (id(np.ndarray), probe.ctypes.data, 2, 2, id(probe.dtype), probe.flags.num) or flags & _WRITEABLE:
         raise ImportError(f"xccl does not know the array objects of NumPy {np.__version__} on this Python")
 
 
@@ -73,11 +72,14 @@ def first_dim(array: int) -> int:
 
 
 @device
-def is_plain(array: int, descr: int, written: bool) -> bool:
-    """Is it an ndarray (no subclass) with that dtype object, C-contiguous, and writeable if it is to be written?"""
+def is_plain(array: int, array_type: int, descr: int, written: bool) -> bool:
+    """Is it of that very type and dtype object, C-contiguous, and writeable if it is to be written?
+
+    The type is an argument, since compiled code is kept for other processes, where it is somewhere else.
+    """
     flags = load_i32(array + _FLAGS)
     return (
-        load_i64(array + _TYPE) == _ARRAY_TYPE
+        load_i64(array + _TYPE) == array_type
         and load_i64(array + _DESCR) == descr
         and flags & _CONTIGUOUS != 0
         and (not written or flags & _WRITEABLE != 0)

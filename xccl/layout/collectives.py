@@ -32,10 +32,16 @@ CR_SIGNATURE = COLLECTIVE_RECORD.add(
     "signature", 8, "kind of call, algorithm, operator, root and element type; the same at all ranks"
 )
 CR_BYTES = COLLECTIVE_RECORD.add("bytes", 8, "size of a part, the same at all ranks; in alltoallv for this receiver")
-CR_LIMIT = COLLECTIVE_RECORD.add("limit", 8, "alltoallv: size of the sender's largest part")
-CR_AT = COLLECTIVE_RECORD.add("at", 8, "where the step's data starts in the sender's segment")
-CR_PAYLOAD = COLLECTIVE_RECORD.add("payload", 216, "data of up to 216 bytes, instead of data at `at`")
+CR_LIMIT = COLLECTIVE_RECORD.add(
+    "limit", 8, "twice the size of the sender's largest part (alltoallv), plus 1 if its input is read where it lies"
+)
+CR_AT = COLLECTIVE_RECORD.add("at", 8, "where the parts for this receiver, or for all, start in the sender's segment")
+CR_STRIDE = COLLECTIVE_RECORD.add("stride", 8, "distance of parts for two ranks there, in a record for all")
+CR_RESULTS = COLLECTIVE_RECORD.add("results", 8, "two-step: where results are; alltoallv, in a record for all: sizes")
+COLLECTIVE_RECORD.add("rest", 200, "not used")
 RECORD_BYTES: Final = COLLECTIVE_RECORD.size_bytes
+#: A small part stands here instead of what says where it is.
+CR_PAYLOAD: Final = CR_AT
 #: Parts of up to this size travel in the records.
 INLINE_BYTES: Final = RECORD_BYTES - CR_PAYLOAD
 
@@ -83,6 +89,7 @@ CS_TARGET = COLLECTIVE_STATE.add("target", 8, "address to which the operands in 
 CS_RANK = COLLECTIVE_STATE.add("rank", 8, "own rank")
 CS_RANKS = COLLECTIVE_STATE.add("ranks", 8, "number of ranks")
 CS_COUNTS = COLLECTIVE_STATE.add("counts", 8, "1 if arrivals are counted, 0 if each rank writes to each")
+CS_SEGMENT_BYTES = COLLECTIVE_STATE.add("segment_bytes", 8, "size of the own segment")
 CS_STAGE = COLLECTIVE_STATE.add("stage", 8, "offset of the staging area in the own segment")
 CS_STEP = COLLECTIVE_STATE.add("step", 8, "steps published so far")
 CS_PHASE = COLLECTIVE_STATE.add("phase", 8, "idle, about to publish, or awaiting the others")
@@ -90,6 +97,10 @@ CS_PLAN = COLLECTIVE_STATE.add("plan", 8, "address of the plan of the call under
 CS_INDEX = COLLECTIVE_STATE.add("index", 8, "step within the call")
 CS_STEPS = COLLECTIVE_STATE.add("steps", 8, "steps of the call")
 CS_CURSOR = COLLECTIVE_STATE.add("cursor", 8, "first rank whose record was not seen yet")
+CS_CHUNK = COLLECTIVE_STATE.add("chunk_bytes", 8, "bytes of a part that go in one step of the call")
+CS_LARGEST = COLLECTIVE_STATE.add("largest", 8, "alltoallv: size of the largest part that this rank sends")
+CS_EXPOSED = COLLECTIVE_STATE.add("exposed", 8, "1 if the others read the input of this rank where it lies")
+CS_CLOSES = COLLECTIVE_STATE.add("closes", 8, "1 if the last step moves nothing: it says that the inputs were read")
 CS_TAKES = COLLECTIVE_STATE.add("takes", 8, "alltoallv: 1 if what comes is what was expected, and has room")
 CS_METER = COLLECTIVE_STATE.add("meter", 8, "address of [kinds][ranks][2] int64: units and bytes moved; 0 for none")
 
@@ -106,10 +117,12 @@ PL_TWO_STEP = PLAN.add("two_step", 8, "1: each rank works on a slice for all, an
 PL_CHUNK = PLAN.add("chunk_bytes", 8, "bytes of a part (two steps: of all) that go in one step")
 PL_STEPS = PLAN.add("steps", 8, "number of steps; not in alltoallv")
 PL_INLINE = PLAN.add("inline", 8, "1: parts travel in the records")
+PL_EXPOSE = PLAN.add("expose_bytes", 8, "from so many bytes on an input in the own segment is not staged")
 PL_HALF = PLAN.add("half", 8, "distance of the two halves of the staging area")
 PL_RESULTS = PLAN.add("results", 8, "two steps: where results start in a half; alltoallv: where sizes do")
 PL_TABLE = PLAN.add("table", 8, "alltoallv: address of int64 [columns][ranks], see `TABLE_COLUMNS`")
 PL_DTYPE = PLAN.add("dtype", 8, "address of the dtype object of input and output")
+PL_ARRAY_TYPE = PLAN.add("array_type", 8, "address of the type object of arrays")
 PL_X_BYTES = PLAN.add("x_bytes", 8, "bytes of the input; -1: there is none")
 PL_OUT_BYTES = PLAN.add("out_bytes", 8, "bytes of the output; -1: there is none, or it is the input")
 PL_IN_PLACE = PLAN.add("in_place", 8, "where in the output the input may lie; -1: nowhere")

@@ -25,7 +25,7 @@ their bits would differ from those of the mesh.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import numpy as np
@@ -57,6 +57,8 @@ ALGORITHMS: Final = ("mesh", "two-step")
 #: The most that each half of a rank's staging area holds, and those of all ranks together.
 _STAGE_BYTES: Final = 8 << 20
 _STAGES_BYTES: Final = 1 << 30
+#: For each rank: staging so many bytes takes as long as a step.
+_EXPOSE_BYTES: Final = 8 << 10
 _LINE: Final = 64
 
 
@@ -120,6 +122,7 @@ class Cut:
         steps: number of steps.
         results: two-step: where results start in a half of the staging area; alltoallv: where sizes do.
         half_bytes: bytes that are used of each half.
+        expose_bytes: from so many bytes on, an input in the own segment is not staged.
     """
 
     algorithm: Algorithm
@@ -128,6 +131,7 @@ class Cut:
     steps: int
     results: int
     half_bytes: int
+    expose_bytes: int
 
 
 def choose(kind: Kind, ranks: int, n_bytes: int) -> Algorithm:
@@ -171,7 +175,16 @@ def cut(kind: Kind, ranks: int, n_bytes: int, algorithm: str = "auto", half_byte
     inline = kind != "alltoallv" and n_bytes <= INLINE_BYTES and not (counts and flow.parts)
     steps = 1 if inline else max(1, -(-n_bytes // chunk_bytes))
     used_bytes = 0 if inline else places * chunk_bytes + sizes_bytes
-    return Cut("mesh", inline, INLINE_BYTES if inline else chunk_bytes, steps, places * chunk_bytes, used_bytes)
+    expose_bytes = _expose_bytes(kind, ranks, inline=inline)
+    chunk_bytes, results = INLINE_BYTES if inline else chunk_bytes, places * chunk_bytes
+    return Cut("mesh", inline, chunk_bytes, steps, results, used_bytes, expose_bytes)
+
+
+def _expose_bytes(kind: Kind, ranks: int, *, inline: bool = False) -> int:
+    """From which size of an input on it is worth a step more not to stage it."""
+    if inline or ranks == 1 or (kind == "alltoallv" and counts_arrivals(ranks)):
+        return 1 << 62
+    return _EXPOSE_BYTES * ranks
 
 
 def _cut_in_two(ranks: int, n_bytes: int, half_bytes: int) -> Cut:
@@ -180,7 +193,7 @@ def _cut_in_two(ranks: int, n_bytes: int, half_bytes: int) -> Cut:
     window_bytes = min(window_bytes, max(aligned_part(n_bytes), _LINE))
     steps = 1 + -(-n_bytes // window_bytes)
     used_bytes = window_bytes + -(-window_bytes // (_LINE * ranks)) * _LINE
-    return Cut("two-step", False, window_bytes, steps, window_bytes, used_bytes)
+    return Cut("two-step", False, window_bytes, steps, window_bytes, used_bytes, _expose_bytes("allreduce", ranks))
 
 
 # -- descriptions -----------------------------------------------------------------------------------------------------
@@ -195,6 +208,7 @@ def describe(
     root: int = 0,
     algorithm: str = "auto",
     half_bytes: int | None = None,
+    registered: bool = False,
     lanes: int = 1,
 ) -> Description:
     """The stages of a collective other than alltoallv.
@@ -207,6 +221,7 @@ def describe(
         root: the rank that gives (broadcast, scatter) or takes (gather).
         algorithm: as for `cut`.
         half_bytes: of each half of the staging area; `stage_bytes` if None.
+        registered: inputs are symmetric arrays: large ones are read where they lie.
         lanes: of each rank.
 
     Raises:
@@ -214,8 +229,11 @@ def describe(
     """
     rank_columns(ranks, root)
     how = cut(kind, ranks, n_bytes, algorithm, half_bytes)
+    exposed = registered and n_bytes * (ranks if FLOWS[kind].parts else 1) >= how.expose_bytes
+    if exposed and how.algorithm == "mesh":
+        how = replace(how, chunk_bytes=max(n_bytes, 1), steps=2)
     if how.algorithm == "two-step":
-        return _two_step(kind, ranks, n_bytes, item_bytes, root, how, lanes)
+        return _two_step(kind, ranks, n_bytes, item_bytes, root, how, lanes, exposed=exposed)
     flow = FLOWS[kind]
     sources, destinations = all_pairs(ranks)
     used = np.ones(len(sources), np.bool_)
@@ -224,7 +242,7 @@ def describe(
     if flow.to_root:
         used &= destinations == root
     sizes = np.where(used, n_bytes, -1)
-    return _mesh(kind, ranks, sizes.reshape(ranks, ranks), item_bytes, how, lanes)
+    return _mesh(kind, ranks, sizes.reshape(ranks, ranks), item_bytes, how, lanes, exposed=exposed)
 
 
 def alltoallv(sizes_bytes: npt.ArrayLike, *, half_bytes: int | None = None, lanes: int = 1) -> Description:
@@ -236,11 +254,15 @@ def alltoallv(sizes_bytes: npt.ArrayLike, *, half_bytes: int | None = None, lane
         lanes: of each rank.
     """
     sizes: Ints = np.atleast_2d(np.asarray(sizes_bytes, np.int64))
-    how = cut("alltoallv", len(sizes), int(sizes.max(initial=0)), "mesh", half_bytes)
+    # Those that stay are not cut.
+    away = sizes * (1 - np.eye(len(sizes), dtype=np.int64))
+    how = cut("alltoallv", len(sizes), int(away.max(initial=0)), "mesh", half_bytes)
     return _mesh("alltoallv", len(sizes), sizes, 1, how, lanes)
 
 
-def _mesh(kind: Kind, ranks: int, sizes: Ints, item_bytes: int, how: Cut, lanes: int) -> Description:
+def _mesh(
+    kind: Kind, ranks: int, sizes: Ints, item_bytes: int, how: Cut, lanes: int, *, exposed: bool = False
+) -> Description:
     """Steps in which each rank reads what all others have staged. `sizes` [source, destination]; -1: nothing to do."""
     flow, counts = FLOWS[kind], counts_arrivals(ranks)
     sources, destinations = all_pairs(ranks)
@@ -253,7 +275,7 @@ def _mesh(kind: Kind, ranks: int, sizes: Ints, item_bytes: int, how: Cut, lanes:
     by_record, staged = inline & away & (pieces > 0), ~inline & away & (pieces > 0)
     read_mask = staged | (by_record & counts)
 
-    stage = _local(ranks, sources[staged], pieces[staged], n_bytes[staged], "parts", once=not flow.parts)
+    stages = [] if exposed else [_local(ranks, sources, pieces, n_bytes, staged, "parts", once=not flow.parts)]
     pushed = [_transfers(sources, destinations, pieces, n_bytes, by_record, "source", "payload")]
     if counts:
         # A record of one's own carries the part for all.
@@ -262,7 +284,7 @@ def _mesh(kind: Kind, ranks: int, sizes: Ints, item_bytes: int, how: Cut, lanes:
         pushed = [Transfers(givers, givers, 0 * givers + (size > 0), 0 * givers + size, "source", "payload")]
     reads = [_transfers(sources, destinations, pieces, n_bytes, read_mask, "destination", "parts")]
     if not counts:
-        reads.append(_local(ranks, destinations[by_record], pieces[by_record], n_bytes[by_record], "payload"))
+        reads.append(_local(ranks, destinations, pieces, n_bytes, by_record, "payload"))
     work: tuple[Work, ...] = ()
     if flow.reduces:
         every = np.arange(ranks, dtype=np.int64)
@@ -270,13 +292,15 @@ def _mesh(kind: Kind, ranks: int, sizes: Ints, item_bytes: int, how: Cut, lanes:
         work = (_reduction(every, ranks, 0 * every + int(pieces.max(initial=0)), 0 * every + part, item_bytes),)
     elif kind != "broadcast":
         own = ~away & (sizes.reshape(-1) >= 0) & (pieces > 0)
-        reads.append(_transfers(sources, destinations, pieces, n_bytes, own, "destination", "own part"))
+        reads.append(_transfers(sources, destinations, np.minimum(pieces, 1), n_bytes, own, "destination", "own part"))
     payload = payload_between(ranks, [_transfers(sources, destinations, pieces, n_bytes, away, "source", "parts")])
-    stages = _steps(ranks, how.steps, [stage], pushed, reads, work)
-    return Description(kind, how.algorithm, ranks, stages, lanes, payload)
+    steps = _steps(ranks, how.steps, stages, pushed, reads, work)
+    return Description(kind, how.algorithm, ranks, steps, lanes, payload)
 
 
-def _two_step(kind: Kind, ranks: int, n_bytes: int, item_bytes: int, root: int, how: Cut, lanes: int) -> Description:
+def _two_step(
+    kind: Kind, ranks: int, n_bytes: int, item_bytes: int, root: int, how: Cut, lanes: int, *, exposed: bool
+) -> Description:
     """Of each window a slice for each rank, which it makes and passes on."""
     every = np.arange(ranks, dtype=np.int64)
     starts = np.arange(0, n_bytes, how.chunk_bytes, dtype=np.int64)
@@ -308,7 +332,7 @@ def _two_step(kind: Kind, ranks: int, n_bytes: int, item_bytes: int, root: int, 
     ]
     work = () if rooted else (_reduction(every, ranks, made_units, made, item_bytes),)
     payload = payload_between(ranks, [reads[0], reads[3]])
-    stages = _steps(ranks, how.steps, [stage], [], reads, work)
+    stages = _steps(ranks, how.steps, [] if exposed else [stage], [], reads, work)
     return Description(kind, how.algorithm, ranks, stages, lanes, payload)
 
 
@@ -348,9 +372,12 @@ def _transfers(
     return Transfers(sources[used], destinations[used], units[used], n_bytes[used], mover, what)
 
 
-def _local(ranks: int, rank: Ints, units: Ints, n_bytes: Ints, what: str, *, once: bool = False) -> Transfers:
-    """Copies within ranks: all that are named, or the first of each rank only."""
+def _local(
+    ranks: int, rank: Ints, units: Ints, n_bytes: Ints, used: npt.NDArray[np.bool_], what: str, *, once: bool = False
+) -> Transfers:
+    """Copies within ranks: all that are used, or the first of each rank only."""
     total = np.zeros((2, ranks), np.int64)
+    rank, units, n_bytes = rank[used], units[used], n_bytes[used]
     if once:
         rank, first = np.unique(rank, return_index=True)
         units, n_bytes = units[first], n_bytes[first]
