@@ -151,21 +151,19 @@ class _Run:
 
         def compute() -> None:
             nonlocal served
+            for stream in streams:
+                stream.start()
             while (batch := self._received.get()) is not None:
                 self._computed.put((self._experts(batch), batch))
                 served += 1
             self._computed.finish()
 
-        try:
-            for stream in streams:
-                stream.start()
-            self._guarded(compute)
-        finally:
-            for stream in streams:
-                if stream.ident is not None:
-                    stream.join()
-            for waiter in waiters:
-                waiter.on_slice, waiter.alone = None, True
+        self._guarded(compute)
+        for stream in streams:
+            while stream.is_alive():  # a Ctrl-C while joining stops the streams, too, and they are joined then
+                self._guarded(stream.join)
+        for waiter in waiters:
+            waiter.on_slice, waiter.alone = None, True
         if self._first_error is not None:
             raise self._first_error
         return served
