@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from pathlib import Path
@@ -114,6 +115,29 @@ def test_a_step_that_gives_its_core_away_is_disturbed(fabric: str) -> None:
 
     for samples in xccl.launch(rank, 2, fabric=fabric, timeout_s=30.0):
         assert all(quality == 2 for _, quality in samples["sleep"])
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_real_time_priority_is_given_back(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is not allowed, samples are taken all the same."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    if not allowed:
+        monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    before = os.sched_getscheduler(0)
+
+    def rank(comm: xccl.Communicator) -> tuple[int, int, int]:
+        watch = Stopwatch(comm, wanted=3)
+        seen = []
+        watch.collect([{"look": lambda: seen.append(os.sched_getscheduler(0))}], 5.0)
+        return len(watch.take()["look"]), seen[-1], os.sched_getscheduler(0)
+
+    for samples, during, after in xccl.launch(rank, 2, timeout_s=60.0):
+        assert samples >= 3
+        assert after == before
+        assert during in ((before, os.SCHED_FIFO) if allowed else (before,))
 
 
 # -- figures of samples -----------------------------------------------------------------------------------------------
