@@ -107,7 +107,7 @@ class Core:
         #: Blocks that the communicator has reserved, with their allocators, by offset.
         self.blocks: dict[int, SymmetricAllocator] = {}
         #: Tells all ranks a few words, and returns those of all: [size, words]. Set by the communicator.
-        self.exchange: Callable[[str, list[int]], np.ndarray] = _no_exchange
+        self.exchange: Callable[[str, list[int]], np.ndarray] = no_exchange
         #: Drives requests that are under way; None while there are none.
         self.progress: Callable[[], object] | None = None
         self._agreements = 0
@@ -337,7 +337,8 @@ class Core:
         self.run(step, describe)
 
 
-def _no_exchange(call: str, values: list[int]) -> np.ndarray:
+def no_exchange(call: str, values: list[int]) -> np.ndarray:
+    """What `Core.exchange` is before the communicator has one, and after it was closed."""
     raise FabricError(f"{call}: this communicator has no collectives yet")
 
 
