@@ -28,9 +28,10 @@ _GBPS = 20.0
 
 def measured(gbps_of_large: float) -> dict[str, float]:
     """Times of a made-up machine, us: the same rate everywhere, but another one for working sets from 4 MiB on."""
-    times = {"rows": 10.0, "near_copy": 8.0, "near_quantise": 20.0, "call": 0.2, "wait": 1.2, "trip": 40.0}
-    times |= {"launch": 2.0, "record": 4.0}
+    times = {"rows": 10.0, "near_copy": 8.0, "near_quantise": 20.0, "trip": 40.0}
+    calls = {"call": 0.2, "wait": 1.2, "launch": 2.0, "record": 4.0, "evict": 1.0}
     for size in SIZES:
+        times |= {f"{name} {size}": us for name, us in calls.items()}
         rate = (_GBPS if size < (4 << 20) else gbps_of_large) * 1e3
         times |= {f"{name} {size}": size / rate for name in ("repeat", "copy")}
         times |= {f"{name} {size}": size / 2 / rate for name in ("get", "local_get", "sum", "local_sum", "put", "take")}
@@ -62,7 +63,7 @@ def test_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     sources = [parameter.source for parameter in machine.parameters.values()]
     assert sum(source.startswith("measured by xccl calibrate host, ") for source in sources) >= 15
     for parameter in machine.parameters.values():
-        assert all(0.05 < rate < 1000 for _, rate in parameter.curve), parameter
+        assert all(0.01 < figure < 1000 for _, figure in parameter.curve), parameter
     assert 0.1 < machine["vector.rate_gelements"] < 1000
     check_rows(out)
     assert main(["validate", "--machine", "host"]) in (0, 1)  # the machine may be too busy for the bounds
@@ -87,7 +88,7 @@ def test_all_steps_are_measured() -> None:
     rounds = xccl.launch(rank, 2, timeout_s=60.0)
     assert rounds[0].keys() == rounds[1].keys()
     expected = {name for name in measured(1.0) if " " not in name or name.endswith(f" {1 << 16}")}
-    assert set(rounds[0]) == expected | {"evict"}
+    assert set(rounds[0]) == expected
     assert all(time_ns > 0 for samples in rounds[0].values() for time_ns, _ in samples)
 
 

@@ -87,10 +87,11 @@ class HostMeter:
     def round(self, sizes: tuple[int, ...] = SIZES) -> Samples:
         """Some samples of everything, "NAME" or "NAME BYTES"."""
         for size in sizes:
-            for pattern in (self._repeat_and_get, self._copy_and_sum, self._put):
+            for pattern in (self._repeat_and_get, self._copy_and_sum, self._put, self._call):
                 self._watch.collect(pattern(size), limit_s(size))
                 self._held.clear()
-        self._watch.collect(self._small(), limit_s(0))
+        for cycle in self._small():
+            self._watch.collect(cycle, limit_s(0))
         self._held.clear()
         return self._watch.take()
 
@@ -133,30 +134,31 @@ class HostMeter:
         put = partial(copy, self._peer_inbox, self._source(half), half)
         return [{f"put {size}": put}, {f"take {size}": partial(copy, self._result(half), self._inbox, half)}]
 
+    def _call(self, size: int) -> list[Steps]:
+        """What Python does, after a block has passed through the caches and taken its code and objects out of them."""
+        python, evict = self._python, partial(onesided.copy.call, self._own, self._source(size), size)
+        return [
+            {f"evict {size}": evict},
+            {f"launch {size}": python.launch, f"record {size}": python.record},
+            {f"evict {size}": evict},
+            {f"call {size}": onesided.quiet.call, f"wait {size}": python.wait},
+        ]
+
     def _sum(self, destination: int, source: int, n_bytes: int) -> Callable[[], object]:
         n_sums = n_bytes // ROW_BYTES // COPIES
         return partial(rows.sum_rows.call, BF16, destination, source, HIDDEN, ROW_BYTES, n_sums, self._scratch)
 
     # -- what does not depend on the working set ---------------------------------------------------------------------
 
-    def _small(self) -> list[Steps]:
-        tokens, result = self._source(SMALL_ROWS * ROW_BYTES), self._result(SMALL_ROWS * ROW_BYTES)
+    def _small(self) -> list[list[Steps]]:
+        tokens, result = self._source(SMALL_ROWS * SMALL_ROW_BYTES), self._result(SMALL_ROWS * SMALL_ROW_BYTES)
         many = partial(rows.copy_rows.call, result, tokens, SMALL_ROW_BYTES, SMALL_ROWS, SMALL_ROWS)
         copy = partial(rows.copy_rows.call, result, tokens, HIDDEN, NEAR_TOKENS, 1)
         quantise = partial(rows.quantise_rows.call, BF16, result, tokens, ROW_BYTES, HIDDEN, NEAR_TOKENS)
-        evict: Steps = {"evict": partial(rows.copy_rows.call, self._own, tokens, ROW_BYTES, 32, 1)}
         return [
-            {"rows": many},
-            {"near_copy": _times(NEAR_TIMES, copy), "near_quantise": _times(NEAR_TIMES, quantise)},
-            evict,
-            {"call": onesided.quiet.call},
-            evict,
-            {"wait": self._python.wait},
-            evict,
-            {"launch": self._python.launch},
-            evict,
-            {"record": self._python.record},
-            {"trip": self._trips},
+            [{"rows": many}],
+            [{"near_copy": _times(NEAR_TIMES, copy), "near_quantise": _times(NEAR_TIMES, quantise)}],
+            [{"trip": self._trips}],
         ]
 
     def _trips(self) -> None:

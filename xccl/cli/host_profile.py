@@ -51,9 +51,9 @@ class _Profile:
         self._add(name, value, f"measured by xccl calibrate host, {what}")
 
     def _curve(self, name: str, points: Mapping[int, float], what: str) -> None:
-        """A rate by working set; that of the largest one stands for all where it is needed as one figure."""
+        """A figure by working set; that of the largest one stands for all where it is needed as one figure."""
         source = f"measured by xccl calibrate host, {what}"
-        curve = tuple(sorted((float(size), gbps) for size, gbps in points.items()))
+        curve = tuple(sorted((float(size), figure) for size, figure in points.items()))
         self.parameters[name] = Parameter(name, curve[-1][1], source, curve=curve)
 
     def _by_size(self, step: str) -> dict[int, float]:
@@ -106,15 +106,19 @@ class _Profile:
         self._add("vector.scan_gelements", 1.0, "a scalar loop of about 1 ns an element")
 
     def _add_python(self) -> None:
-        call_us = self._times_us["call"]
-        self._measured("kernel.stage_us", call_us, "a call with nothing to do, from Python")
-        self._measured("sync.poll_us", _beyond(self._times_us["wait"], call_us) / _WAITED, "a wait for what is there")
-        trip_us = self._times_us["trip"] / PINGS / 2
-        self._measured("sync.post_us", _beyond(trip_us, call_us), "half a round trip of a signal, beyond its call")
-        self._add("sync.signal_us", 0.0, "part of sync.post_us")
-        self._measured("kernel.launch_us", self._times_us["launch"], "checks of two arguments, an array for the result")
+        call_us, wait_us = self._by_size("call"), self._by_size("wait")
+        record_us = {size: us / RECORDING_STAGES for size, us in self._by_size("record").items()}
+        least = min(call_us)
+        self._curve("kernel.launch_us", self._by_size("launch"), "checks of two arguments, an array for the result")
         what = "a record of what goes where, with its arrays, half of it in the stage that writes"
-        self._measured("kernel.record_us", self._times_us["record"] / RECORDING_STAGES, what)
+        self._curve("kernel.record_us", record_us, what)
+        self._curve("kernel.stage_us", call_us, "a call with nothing to do, from Python")
+        poll_us = _beyond(wait_us[least], call_us[least]) / _WAITED
+        self._measured("sync.poll_us", poll_us, "a wait for what is there, beyond its call")
+        trip_us = self._times_us["trip"] / PINGS / 2
+        what = "half a round trip of a signal, beyond its call"
+        self._measured("sync.post_us", _beyond(trip_us, call_us[least]), what)
+        self._add("sync.signal_us", 0.0, "part of sync.post_us")
 
 
 def _beyond(whole_us: float, part_us: float) -> float:

@@ -118,19 +118,22 @@ def cost_stages(description: Description, topology: Topology) -> list[StageCost]
     lanes = min(description.lanes, int(machine["lane.count"]))
     each = {s.what: int(s.count.max(initial=1)) for stage in description.stages for s in stage.signals}
     stages = [_cost_stage(stage, lanes, topology, is_streamed, each) for stage in description.stages]
-    # The launch comes before everything, at every rank; where stages are calls of their own, each has a launch more,
-    # and one that moves more than one kind of payload keeps a record of what goes where.
-    launches = [machine["kernel.launch_us"], *[0.0] * len(stages)]
-    return [
-        replace(
-            cost,
-            poll_us=cost.poll_us
-            + launch_us
-            + machine["kernel.stage_us"]
-            + (machine["kernel.record_us"] if len(stage.transfers) > 1 else 0.0),
-        )
-        for cost, stage, launch_us in zip(stages, description.stages, launches, strict=False)
-    ]
+    if not stages:
+        return []
+    calls_us = _calls_us(description, np.max([cost.n_bytes for cost in stages], axis=0), machine)
+    return [replace(cost, poll_us=cost.poll_us + us) for cost, us in zip(stages, calls_us, strict=True)]
+
+
+def _calls_us(description: Description, moved_bytes: Floats, machine: Machine) -> list[Floats]:
+    """By stage: [ranks] what its call costs.
+
+    The launch comes before everything. Where stages are calls of their own, each has a launch more, and one that moves
+    more than one kind of payload keeps a record of what goes where. `moved_bytes`, [ranks], is the working set.
+    """
+    stage_us, record_us = machine.at("kernel.stage_us", moved_bytes), machine.at("kernel.record_us", moved_bytes)
+    calls_us = [stage_us + record_us * (len(stage.transfers) > 1) for stage in description.stages]
+    calls_us[0] = calls_us[0] + machine.at("kernel.launch_us", moved_bytes)
+    return calls_us
 
 
 def stage_end_us(

@@ -51,8 +51,8 @@ class Parameter:
         source: where it comes from.
         low: smallest value that is physically possible; None if the parameter is not free.
         high: largest one.
-        curve: how a rate depends on the bytes that a rank works on at a time, (bytes, rate) in growing order, where
-            caches matter; `value` holds where there is none.
+        curve: how a rate or a time depends on the bytes that a rank works on at a time, (bytes, figure) in growing
+            order, where caches matter; `value` holds where there is none.
     """
 
     name: str
@@ -92,15 +92,17 @@ class Machine:
         return self.parameters[name].value
 
     def at(self, name: str, n_bytes: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        """A rate for each working set: on its curve, where times grow in straight lines from point to point."""
-        while name not in self.parameters:
-            name = str(_SAME_AS[name])
-        parameter = self.parameters[name]
-        if not parameter.curve:
-            return np.full(np.shape(n_bytes), parameter.value)
-        sizes, rates = np.array(parameter.curve).T
+        """A figure for each working set: on its curve, where times grow in straight lines from point to point."""
+        if name not in self.parameters and not isinstance(_SAME_AS.get(name), float):
+            return self.at(str(_SAME_AS[name]), n_bytes)
+        curve = self.parameters[name].curve if name in self.parameters else ()
+        if not curve:
+            return np.full(np.shape(n_bytes), self[name])
+        sizes, figures = np.array(curve).T
         within = np.clip(n_bytes, sizes[0], sizes[-1])
-        return np.asarray(within / np.interp(within, sizes, sizes / rates), np.float64)
+        if name.endswith("_gbps"):
+            return np.asarray(within / np.interp(within, sizes, sizes / figures), np.float64)
+        return np.asarray(np.interp(within, sizes, figures), np.float64)
 
     @property
     def free(self) -> list[Parameter]:
