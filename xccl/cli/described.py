@@ -18,11 +18,16 @@ from xccl.protocol.routing import make_routing
 from xccl.protocol.stage import Description
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 
 def describe_step(
-    options: BenchOptions, case: Case, op: str, ranks: int, releasing: int | None = None
+    options: BenchOptions,
+    case: Case,
+    op: str,
+    ranks: int,
+    releasing: int | None = None,
+    pushed: Sequence[int] | None = None,
 ) -> list[Description]:
     """The descriptions of one iteration of a row, one after the other.
 
@@ -32,12 +37,13 @@ def describe_step(
         op: name of the row.
         ranks: the same work on so many ranks.
         releasing: of a barrier, the rank that came last and released the others; the highest one if None.
+        pushed: of zero-copy messages, the pieces that each rank has pushed; none if None.
 
     Raises:
         UsageError: the work has no description on so many ranks.
     """
     if case.size_bytes is not None:
-        return _between_neighbours(op, case.size_bytes, ranks, options.lanes)
+        return _between_neighbours(options, op, case.size_bytes, ranks, pushed)
     if case.tokens is None:
         return [onesided.barrier(ranks, releasing)]
     if options.deployment is not None:
@@ -74,16 +80,24 @@ def require_described(options: BenchOptions, ranks: int) -> None:
         )  # fmt: skip
 
 
-def _between_neighbours(op: str, n_bytes: int, ranks: int, lanes: int) -> list[Description]:
+def _between_neighbours(
+    options: BenchOptions, op: str, n_bytes: int, ranks: int, pushed: Sequence[int] | None
+) -> list[Description]:
     here = np.arange(ranks)
     following = (here + 1) % ranks
     if op == "put":
-        return [onesided.put(ranks, here, following, n_bytes)]
+        return [onesided.put(ranks, here, following, n_bytes, engine=options.engine)]
     if op == "get":
         return [onesided.get(ranks, following, here, n_bytes)]
     if op == "put-signal":
         return [onesided.put_signal(ranks, here, following, n_bytes), onesided.wait_until(ranks, here)]
-    return [p2p.send_recv(ranks, here, following, n_bytes, lanes=lanes)]
+    if p2p.is_zero_copy(n_bytes, options.mode):
+        return [
+            p2p.zero_copy(
+                ranks, here, following, n_bytes, lanes=options.lanes, engine=options.engine, pushed=pushed or 0
+            )
+        ]
+    return [p2p.send_recv(ranks, here, following, n_bytes, lanes=options.lanes, engine=options.engine)]
 
 
 def _apart(options: BenchOptions, tokens: int, op: str, ranks: int) -> Description:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ..errors import CapacityError, UsageError, XcclError
 from ..kernels import words
+from ..layout.calls import SY_ADDRESSES, SY_ALIVE, SY_COUNT, SY_DTYPE, SY_ITEM_BYTES, SYMMETRIC
 from ..layout.record import HOT_LINE_BYTES, align_up
 from .buffers import require_int
 from .core import Core
@@ -83,6 +84,7 @@ class SymmetricArray:
         size: elements of one copy.
         nbytes: bytes of one copy.
         addresses: where each rank's copy lies in this process.
+        handle: address of the record by which direct calls know it.
     """
 
     def __init__(self, core: Core, allocator: SymmetricAllocator, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -94,7 +96,10 @@ class SymmetricArray:
         self.size = int(np.prod(shape, dtype=np.int64))
         self.nbytes = self.size * dtype.itemsize
         self._offset = _collective_alloc(core, allocator, "empty", self.nbytes, _describe(shape, dtype))
-        self.addresses: list[int] = (core.fabric.segments + self._offset).tolist()
+        self._addresses = core.fabric.segments + self._offset
+        self.addresses: list[int] = self._addresses.tolist()
+        self._record = _record_for_calls(self._addresses, self.size, self.itemsize, dtype)
+        self.handle: int = self._record.ctypes.data
         self._local: npt.NDArray[Any] | None = self.peer(core.rank)
 
     @property
@@ -124,6 +129,7 @@ class SymmetricArray:
         """
         self.require_alive()
         collective_free(self._core, (self._allocator, self._offset))
+        self._record[SY_ALIVE // 8] = 0
         self._local = None
         self._offset = -1
 
@@ -143,6 +149,7 @@ class Signals:
     Attributes:
         count: number of words.
         addresses: where each rank's first word lies in this process.
+        handle: address of the record by which direct calls know them.
     """
 
     STRIDE_BYTES = HOT_LINE_BYTES
@@ -154,7 +161,10 @@ class Signals:
         self._offset = _collective_alloc(
             core, allocator, "signals", count * self.STRIDE_BYTES, {"count": count}, zero=True
         )
-        self.addresses: list[int] = (core.fabric.segments + self._offset).tolist()
+        self._addresses = core.fabric.segments + self._offset
+        self.addresses: list[int] = self._addresses.tolist()
+        self._record = _record_for_calls(self._addresses, count, self.STRIDE_BYTES, None)
+        self.handle: int = self._record.ctypes.data
 
     def read(self, index: int) -> int:
         """The present value of this rank's word `index`."""
@@ -170,6 +180,7 @@ class Signals:
         """
         self.require_alive()
         collective_free(self._core, (self._allocator, self._offset))
+        self._record[SY_ALIVE // 8] = 0
         self._offset = -1
 
     def require_alive(self) -> None:
@@ -180,6 +191,19 @@ class Signals:
 
     def __len__(self) -> int:
         return self.count
+
+
+def _record_for_calls(
+    addresses: npt.NDArray[np.int64], count: int, item_bytes: int, dtype: np.dtype[Any] | None
+) -> npt.NDArray[np.int64]:
+    """What direct calls need to know of symmetric memory; `addresses` must live as long as the record."""
+    record = np.zeros(SYMMETRIC.size_bytes // 8, np.int64)
+    record[SY_COUNT // 8] = count
+    record[SY_ITEM_BYTES // 8] = item_bytes
+    record[SY_ADDRESSES // 8] = addresses.ctypes.data
+    record[SY_DTYPE // 8] = 0 if dtype is None else id(dtype)
+    record[SY_ALIVE // 8] = 1
+    return record
 
 
 def _describe(shape: tuple[int, ...], dtype: np.dtype[Any]) -> dict[str, int]:

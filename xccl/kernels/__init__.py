@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import collectives, moe, onesided, ring, wait, words
+from . import calls, collectives, driver, moe, onesided, ring, wait, words
 from ._jit import cache_dir, warm
 
-__all__ = ["cache_dir", "collectives", "moe", "onesided", "ring", "wait", "warm", "words"]
+__all__ = ["cache_dir", "calls", "collectives", "driver", "moe", "onesided", "ring", "wait", "warm", "words"]
