@@ -65,6 +65,7 @@ class GroupCore(Core):
         super().__init__(fabric, op_timeout_s)
         world.progress = driving
         self.members = fabric.members
+        world.dependants.add(self.calls)
         #: `Exchange.refuse` of the group.
         self.refuse_exchange: Callable[[UsageError], NoReturn] = _raise
 
@@ -365,6 +366,7 @@ class Grouping:
         except UsageError as error:
             core.refuse("free", error)
         core.agree("free", {"offset": 0})
+        self._p2p.retire()
         for offset, allocator in list(core.blocks.items()):
             give_back(core, allocator, offset)
         self.barrier()  # when it ends, nobody reads or writes this rank's block any more

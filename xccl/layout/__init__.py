@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from .a2e import DIE, PEER
+from .calls import CALLS, SYMMETRIC
 from .collectives import COLLECTIVE_RECORD, COLLECTIVE_STATE, COMMUNICATOR_BLOCK, INVITATION, PLAN
 from .moe import EXPERT_FIELD, ROUTING, STATE
 from .record import Field, Record
-from .ring import ACK_FIELD, CHANNEL, DATA_FIELD, OPERATION, REFUSAL, SLOT
+from .ring import ACK_FIELD, ANSWER, CHANNEL, COPY, DATA_FIELD, DRIVER, OPERATION, REFUSAL, SLOT, TRANSFER
 from .segment import AGREEMENT, CONTROL, HEADER
 
 #: Every record, in the order of the documentation: shared ones first, then those that are private to a rank.
@@ -17,13 +18,19 @@ ALL_RECORDS: tuple[Record, ...] = (
     DATA_FIELD,
     ACK_FIELD,
     REFUSAL,
+    ANSWER,
     SLOT,
+    TRANSFER,
     EXPERT_FIELD,
     COMMUNICATOR_BLOCK,
     COLLECTIVE_RECORD,
     INVITATION,
     CHANNEL,
     OPERATION,
+    COPY,
+    DRIVER,
+    CALLS,
+    SYMMETRIC,
     STATE,
     ROUTING,
     PEER,
