@@ -43,6 +43,7 @@ from .errors import (
     WaitTimeout,
     XcclError,
 )
+from .protocol.moe_push import buffer_size_hint
 from .runtime import init, launch
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "WaitTimeout",
     "XcclError",
     "__version__",
+    "buffer_size_hint",
     "init",
     "launch",
     "reference",

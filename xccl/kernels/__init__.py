@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import moe, onesided, ring, wait, words
+from . import moe, moe_pull, moe_push, onesided, ring, wait, words
 from ._jit import cache_dir, warm
 
-__all__ = ["cache_dir", "moe", "onesided", "ring", "wait", "warm", "words"]
+__all__ = ["cache_dir", "moe", "moe_pull", "moe_push", "onesided", "ring", "wait", "warm", "words"]

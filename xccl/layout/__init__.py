@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .a2e import DIE, PEER
-from .moe import EXPERT_FIELD, ROUTING, STATE
+from .moe import ENTRY, EXPERT_FIELD, ROUTING, STATE
+from .moe_push import PACKET, PACKET_ENTRY, PUSH, PUSH_FIELD, PUSH_STATUS, RETURN_PACKET
 from .record import Field, Record
 from .ring import ACK_FIELD, CHANNEL, DATA_FIELD, OPERATION, REFUSAL, SLOT
 from .segment import AGREEMENT, CONTROL, HEADER
@@ -18,10 +19,17 @@ ALL_RECORDS: tuple[Record, ...] = (
     REFUSAL,
     SLOT,
     EXPERT_FIELD,
+    ENTRY,
+    PUSH_FIELD,
+    PUSH_STATUS,
+    PACKET,
+    PACKET_ENTRY,
+    RETURN_PACKET,
     CHANNEL,
     OPERATION,
     STATE,
     ROUTING,
+    PUSH,
     PEER,
     DIE,
 )
