@@ -45,6 +45,7 @@ from .errors import (
     XcclError,
 )
 from .protocol import placement
+from .protocol.moe_push import buffer_size_hint
 from .protocol.placement import ExpertMap
 from .runtime import init, launch
 
@@ -71,6 +72,7 @@ __all__ = [
     "WaitTimeout",
     "XcclError",
     "__version__",
+    "buffer_size_hint",
     "init",
     "launch",
     "placement",

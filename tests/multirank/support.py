@@ -132,12 +132,19 @@ class Shape:
     max_tokens: int = 16
     dtype: np.dtype[Any] = BF16
     quant: reference.Quant = "none"
+    protocol: str = "pull"
 
     def expert_parallel(self, comm: xccl.Communicator) -> xccl.ExpertParallel:
-        """Make the object; collective."""
+        """Make the object; collective. Tokens of tests may name an expert in every slot, so buffers are sized for that."""
+        buffer_bytes = None
+        if self.protocol == "push":
+            buffer_bytes = xccl.buffer_size_hint(
+                ranks=comm.size, local_batch=self.max_tokens, top_k=self.top_k, experts_per_die=self.top_k,
+                hidden=self.hidden, item_bytes=self.dtype.itemsize, quant=self.quant,
+            ).total_bytes  # fmt: skip
         return xccl.ExpertParallel(
             comm, num_experts=self.num_experts, hidden=self.hidden, top_k=self.top_k, max_tokens=self.max_tokens,
-            dtype=self.dtype, quant=self.quant,
+            dtype=self.dtype, quant=self.quant, protocol=self.protocol, buffer_bytes=buffer_bytes,
         )  # fmt: skip
 
     def round(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .a2e import DIE, PEER
 from .collectives import COLLECTIVE_RECORD, COLLECTIVE_STATE, COMMUNICATOR_BLOCK, INVITATION, PLAN
-from .moe import EXPERT_FIELD, ROUTING, STATE
+from .moe import ENTRY, EXPERT_FIELD, ROUTING, STATE
+from .moe_push import PACKET, PACKET_ENTRY, PUSH, PUSH_FIELD, PUSH_STATUS, RETURN_PACKET
 from .record import Field, Record
 from .ring import ACK_FIELD, CHANNEL, DATA_FIELD, OPERATION, REFUSAL, SLOT
 from .segment import AGREEMENT, CONTROL, HEADER
@@ -22,10 +23,17 @@ ALL_RECORDS: tuple[Record, ...] = (
     COMMUNICATOR_BLOCK,
     COLLECTIVE_RECORD,
     INVITATION,
+    ENTRY,
+    PUSH_FIELD,
+    PUSH_STATUS,
+    PACKET,
+    PACKET_ENTRY,
+    RETURN_PACKET,
     CHANNEL,
     OPERATION,
     STATE,
     ROUTING,
+    PUSH,
     PEER,
     DIE,
     COLLECTIVE_STATE,
