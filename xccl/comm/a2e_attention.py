@@ -10,9 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EventMismatch, UsageError
-from ..kernels import a2e as kernels
-from ..kernels import fields as field_kernels
-from ..kernels import moe as moe_kernels
+from ..kernels import a2e as kernels, fields as field_kernels, moe as moe_kernels
 from ..layout import moe as moe_layout
 from ..layout.moe import EXF_COUNT, EXF_EVENT, EXF_PULLED, STATE
 from . import traced_a2e

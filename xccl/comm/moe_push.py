@@ -53,8 +53,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CapacityError
-from ..kernels import moe_push as kernels
-from ..kernels import wait, words
+from ..kernels import moe_push as kernels, wait, words
 from ..kernels.moe import ROW_BITS
 from ..layout import moe_push as layout
 from ..layout.moe import COUNT_BITS, RT_ROW_OF, RT_SENT_ROWS

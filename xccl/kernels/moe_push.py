@@ -34,8 +34,8 @@ from ..layout.moe import (
     RT_SENT_ROWS,
     RT_TOKENS,
 )
-from ..layout.moe_push import COMBINE_HEADER_BYTES as RETURN_HEADER_BYTES
 from ..layout.moe_push import (
+    COMBINE_HEADER_BYTES as RETURN_HEADER_BYTES,
     PACKET,
     PACKET_ENTRY_BYTES,
     PE_EXPERT,
