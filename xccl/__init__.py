@@ -43,11 +43,12 @@ from .errors import (
     WaitTimeout,
     XcclError,
 )
-from .protocol.moe_push import buffer_size_hint
+from .protocol.moe_push import BufferSize, buffer_size_hint
 from .runtime import init, launch
 
 __all__ = [
     "A2EHandle",
+    "BufferSize",
     "CapacityError",
     "Communicator",
     "Disaggregated",
