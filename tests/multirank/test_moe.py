@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,8 @@ def test_the_largest_shape_of_the_issue(fabric: str, protocol: str, quant: refer
 
 
 @pytest.mark.parametrize(("ranks", "fabric_name"), [(32, "shm"), (64, "local")])
-def test_many_ranks(ranks: int, fabric_name: str) -> None:
-    shape = Shape(num_experts=2 * ranks, hidden=1024, top_k=8, max_tokens=8, quant="int8")
+def test_many_ranks(ranks: int, fabric_name: str, protocol: str) -> None:
+    shape = Shape(num_experts=2 * ranks, hidden=1024, top_k=8, max_tokens=8, quant="int8", protocol=protocol)
     rounds = [shape.round(i, [8] * ranks) for i in range(2)]
 
     def main(comm: xccl.Communicator) -> None:
@@ -415,12 +416,12 @@ def test_not_finite(fabric: str, protocol: str, dtype: np.dtype[Any], quant: ref
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_the_same_bits_on_every_run_and_fabric(quant: reference.Quant) -> None:
+def test_the_same_bits_on_every_run_fabric_and_protocol(quant: reference.Quant) -> None:
     shape = Shape(num_experts=8, hidden=515, top_k=6, max_tokens=24, quant=quant)
     rounds = [shape.round(i, [24, 3, 0, 17], "wide") for i in range(3)]
 
-    def main(comm: xccl.Communicator) -> str:
-        ep = shape.expert_parallel(comm)
+    def main(comm: xccl.Communicator, protocol: str) -> str:
+        ep = replace(shape, protocol=protocol).expert_parallel(comm)
         digest = hashlib.sha256()
         for r in rounds:
             d = ep.dispatch(r.xs[comm.rank], r.topk_idxs[comm.rank])
@@ -429,6 +430,11 @@ def test_the_same_bits_on_every_run_and_fabric(quant: reference.Quant) -> None:
                 digest.update(b"-" if array is None else array.tobytes())
         return digest.hexdigest()
 
-    runs = [launch(main, 4, name) for name in ("shm", "local") for _ in range(5)]
+    runs = [
+        launch(main, 4, fabric, args=(protocol,))
+        for fabric in ("shm", "local")
+        for protocol in ("pull", "push")
+        for _ in range(3)
+    ]
     assert all(run == runs[0] for run in runs)
     assert len(set(runs[0])) == 4

@@ -39,7 +39,10 @@ SHAPES = {
     for protocol in ("pull", "push")
 }
 SHAPE = SHAPES["pull"]
-ROUNDS = [SHAPE.round(i, [(7 * i + 5) % 17, 16, (3 * i) % 17], no_expert=0.05) for i in range(6)]
+#: Dense ones, and sparse ones, in which some ranks have nothing for each other and so wait for each other less.
+ROUNDS = [
+    SHAPE.round(i, [(7 * i + 5) % 17, 16, (3 * i) % 17], no_expert=0.05 if i % 2 else 0.9, hot=i == 4) for i in range(8)
+]
 
 
 class Sleeper:

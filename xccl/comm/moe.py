@@ -347,6 +347,7 @@ class ExpertParallel:
     def _require_own(self, dispatched: Dispatched, name: str) -> None:
         if getattr(dispatched, "owner", None) is not self:
             raise UsageError(
-                f"{name} must be what dispatch of the same ExpertParallel object returned",
+                f"{name} must be what dispatch of the same ExpertParallel object returned, not another "
+                f"{type(dispatched).__name__}",
                 value=type(dispatched).__name__,
             )
