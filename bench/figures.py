@@ -22,8 +22,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 import xccl
-from bench import figures_ranks as ranks_code
-from bench import peers
+from bench import figures_ranks as ranks_code, peers
 from bench.figures_start import interpreters
 from xccl.cli.environment import environment
 

@@ -35,6 +35,13 @@ def fabric(request: pytest.FixtureRequest) -> str:
     return name
 
 
+@pytest.fixture(params=["pull", "push"], scope="module")
+def protocol(request: pytest.FixtureRequest) -> str:
+    """Name of a protocol of dispatch and combine; a test that asks for it runs with each."""
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(autouse=True, scope="session")
 def clean_start() -> None:
     """What an earlier, killed run has left in /dev/shm is not the fault of this one."""

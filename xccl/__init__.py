@@ -45,11 +45,13 @@ from .errors import (
     XcclError,
 )
 from .protocol import placement
+from .protocol.moe_push import BufferSize, buffer_size_hint
 from .protocol.placement import ExpertMap
 from .runtime import init, launch
 
 __all__ = [
     "A2EHandle",
+    "BufferSize",
     "CapacityError",
     "Communicator",
     "Disaggregated",
@@ -71,6 +73,7 @@ __all__ = [
     "WaitTimeout",
     "XcclError",
     "__version__",
+    "buffer_size_hint",
     "init",
     "launch",
     "placement",

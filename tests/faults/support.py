@@ -48,12 +48,13 @@ def sendrecv_loop(comm: xccl.Communicator) -> Callable[[], object]:
     return step
 
 
-def _expert_parallel(comm: xccl.Communicator) -> tuple[xccl.ExpertParallel, Any, Any, Any]:
+def _expert_parallel(comm: xccl.Communicator, protocol: str = "pull") -> tuple[xccl.ExpertParallel, Any, Any, Any]:
     tokens, hidden, top_k, experts = 32, 512, 4, 4 * comm.size
     rng = np.random.default_rng(comm.rank)
     ep = xccl.ExpertParallel(
-        comm, num_experts=experts, hidden=hidden, top_k=top_k, max_tokens=tokens, dtype=ml_dtypes.bfloat16
-    )
+        comm, num_experts=experts, hidden=hidden, top_k=top_k, max_tokens=tokens, dtype=ml_dtypes.bfloat16,
+        protocol=protocol,
+    )  # fmt: skip
     x = rng.standard_normal((tokens, hidden), np.float32).astype(ml_dtypes.bfloat16)
     idx = np.argsort(rng.random((tokens, experts)), axis=1)[:, :top_k]
     return ep, x, idx, rng.random((tokens, top_k), np.float32)
@@ -91,12 +92,29 @@ def disaggregated_loop(comm: xccl.Communicator) -> Callable[[], object]:
     return step
 
 
+def push_loop(comm: xccl.Communicator) -> Callable[[], object]:
+    """Dispatch and combine in turn, and then one of each out of turn."""
+    ep, x, idx, weights = _expert_parallel(comm, "push")
+    dispatched = ep.dispatch(x, idx)
+    out = dispatched.tokens.astype(ml_dtypes.bfloat16)
+
+    def step() -> None:
+        ep.combine(out, ep.dispatch(x, idx), weights)
+        ep.combine(out, ep.dispatch(x, handle=dispatched), weights)
+        ep.combine(out, dispatched, weights)
+        ep.dispatch(x, idx)
+        ep.dispatch(x, idx)
+
+    return step
+
+
 LOOPS = {
     "barrier": barrier_loop,
     "sendrecv": sendrecv_loop,
     "dispatch": dispatch_loop,
     "combine": combine_loop,
     "disaggregated": disaggregated_loop,
+    "push": push_loop,
 }
 
 

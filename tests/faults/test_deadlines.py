@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -189,6 +190,48 @@ def test_expert_parallel(fabric: str, operation: str, stops_at: str, operation_a
     assert error.operation == f"{operation}, {step}"
     assert (error.rank, error.peer, error.timeout_s) == (0, 1, TIMEOUT_S)
     assert (error.event, error.expected, error.seen) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("calls", "stops_at", "step"),
+    [
+        ("d", "send", "dispatch, await-flags (of all ranks)"),
+        ("dc", "send", "combine, await-flags (token 1)"),
+        ("dd", "release", "dispatch, await-taken (peers read what came before)"),
+        ("dcc", "release", "combine, await-taken (peers read what came before)"),
+    ],
+)
+def test_push(fabric: str, calls: str, stops_at: str, step: str) -> None:
+    """Rank 1 stops in the last of these calls before it sends, or before it says that it has read."""
+
+    def main(comm: xccl.Communicator) -> xccl.WaitTimeout | None:
+        ep = xccl.ExpertParallel(comm, **EXPERTS, protocol="push")
+        x, idx, weights = np.zeros((2, 8), np.float32), np.array([[0], [5]]), np.ones((2, 1), np.float32)
+        for call in calls[:-1]:
+            if call == "d":
+                d = ep.dispatch(x, idx)
+            else:
+                ep.combine(d.tokens, d, weights)
+        comm.barrier()
+
+        def last() -> object:
+            return ep.dispatch(x, idx) if calls[-1] == "d" else ep.combine(d.tokens, d, weights)
+
+        if comm.rank == 1:
+            ep.on_step = lambda _, name: time.sleep(TIMEOUT_S + 0.3 if name == stops_at else 0.0)
+            with contextlib.suppress(xccl.PeerDied):  # the other one has given up and left
+                last()
+            return None
+        comm.op_timeout_s = TIMEOUT_S
+        with pytest.raises(xccl.WaitTimeout) as caught:
+            last()
+        return caught.value
+
+    error = xccl.launch(main, 2, fabric=fabric, timeout_s=PATIENCE_S)[0]
+    assert error.operation == step
+    assert (error.rank, error.peer, error.timeout_s) == (0, 1, TIMEOUT_S)
+    assert error.expected is not None
+    assert error.seen == error.expected - (1 if stops_at == "send" else error.expected)
 
 
 def test_after_a_timeout_in_the_middle_the_object_says_so(fabric: str) -> None:

@@ -218,6 +218,36 @@ outcome(main, 2)
     assert_says_how_much(found["seen"]["1"], 1024 * 7168 * 4)
 
 
+@pytest.mark.parametrize("whose", ["of a peer", "of its own"])
+def test_push_that_does_not_fit_may_be_made_smaller(small_shm: tuple[str, ...], whose: str) -> None:
+    """The sender has no room in a peer's memory, or in its own for what is to return; it has sent nothing."""
+    found = run(
+        small_shm,
+        f"""
+of_its_own = {whose == "of its own"!r}
+def main(comm):
+    # INT8 rows go out in a quarter of the bytes: in the second case they fit.
+    ep = xccl.ExpertParallel(
+        comm, num_experts=2, hidden=7168, top_k=1, max_tokens=1024, dtype=np.float32, protocol="push",
+        quant="int8" if of_its_own else "none",
+    )
+    tokens = 280 if of_its_own else 1024
+    if comm.rank == 1:
+        try:
+            ep.dispatch(np.zeros((tokens, 7168), np.float32), np.zeros((tokens, 1), int))
+        except xccl.CapacityError as error:
+            comm.report(numbers(error))
+    d = ep.dispatch(np.full((4, 7168), comm.rank, np.float32), np.zeros((4, 1), int))
+    y = ep.combine(np.full((len(d.source), 7168), 3, np.float32), d, np.ones((4, 1), np.float32))
+    return len(d.source), float(y.sum())
+outcome(main, 2)
+""",
+    )
+    assert found["raised"] is None
+    assert found["result"] == [[8, 12 * 7168.0], [0, 12 * 7168.0]]
+    assert_says_how_much(found["seen"]["1"], 280 * 7168 * 4 if whose == "of its own" else 1024 * 7168 * 4)
+
+
 def test_the_first_send_of_a_pair(small_shm: tuple[str, ...]) -> None:
     """A ring is made then, and not before."""
     found = run(

@@ -88,7 +88,10 @@ def numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[An
 
 @dataclass(frozen=True)
 class Round:
-    """One dispatch and one combine, for all ranks: inputs by rank, and what the oracle says of them."""
+    """One dispatch and one combine, for all ranks: inputs by rank, and what the oracle says of them.
+
+    `partials` is None unless rows are deduplicated, `shared` unless a shared expert adds its output.
+    """
 
     xs: list[Array]
     topk_idxs: list[Array]
@@ -96,24 +99,35 @@ class Round:
     weights: list[Array]
     dispatched: list[reference.DispatchResult]
     ys: list[Array]
+    partials: list[Array] | None = None
+    shared: list[Array] | None = None
 
     def check_dispatched(self, rank: int, d: xccl.Dispatched, what: str = "") -> None:
         """All that a dispatch returns, bit for bit."""
         expected = self.dispatched[rank]
-        assert_same(d.counts, expected.counts, f"{what} counts of rank {rank}")
-        assert_same(d.source, expected.source, f"{what} source of rank {rank}")
-        assert_same(d.scales, expected.scales, f"{what} scales of rank {rank}")
-        assert_same(d.tokens, expected.tokens, f"{what} tokens of rank {rank}")
+        for name in ("counts", "source", "scales", "tokens", "index", "weights"):
+            assert_same(getattr(d, name), getattr(expected, name), f"{what} {name} of rank {rank}")
 
-    def dispatch(self, rank: int, ep: xccl.ExpertParallel, what: str = "") -> xccl.Dispatched:
+    def dispatch(self, rank: int, ep: xccl.ExpertParallel, what: str = "", **options: Any) -> xccl.Dispatched:
         """Run and check the dispatch at one rank."""
-        d = ep.dispatch(self.xs[rank], self.topk_idxs[rank])
+        if self.partials is not None:
+            options["topk_weights"] = self.weights[rank]
+        d = ep.dispatch(self.xs[rank], self.topk_idxs[rank], **options)
         self.check_dispatched(rank, d, what)
         return d
 
-    def combine(self, rank: int, ep: xccl.ExpertParallel, d: xccl.Dispatched, what: str = "") -> Array:
+    def combine(
+        self, rank: int, ep: xccl.ExpertParallel, d: xccl.Dispatched, what: str = "", out: Array | None = None
+    ) -> Array:
         """Run and check the combine at one rank."""
-        y = ep.combine(self.outs[rank], d, self.weights[rank])
+        returned, weights = self.outs[rank], self.weights[rank]
+        shared = None if self.shared is None else self.shared[rank]
+        if self.partials is None:
+            y = ep.combine(returned, d, weights, shared_out=shared, out=out)
+        else:
+            partial = ep.reduce_local(returned, d)
+            assert_same(partial, self.partials[rank], f"{what} partial rows of rank {rank}")
+            y = ep.combine(partial, d, shared_out=shared, out=out)
         assert_same(y, self.ys[rank], f"{what} y of rank {rank}")
         return y
 
@@ -124,7 +138,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Shape:
-    """Arguments of an ExpertParallel object."""
+    """Arguments of an ExpertParallel object, and whether a shared expert adds its output."""
 
     num_experts: int = 8
     hidden: int = 24
@@ -132,12 +146,21 @@ class Shape:
     max_tokens: int = 16
     dtype: np.dtype[Any] = BF16
     quant: reference.Quant = "none"
+    protocol: str = "pull"
+    rows: str = "expanded"
+    shared: bool = False
 
     def expert_parallel(self, comm: xccl.Communicator) -> xccl.ExpertParallel:
-        """Make the object; collective."""
+        """Make the object; collective. Tokens of tests may name one expert in every slot, and buffers have the room."""
+        buffer_bytes = None
+        if self.protocol == "push":
+            buffer_bytes = xccl.buffer_size_hint(
+                ranks=comm.size, local_batch=self.max_tokens, top_k=self.top_k, experts_per_die=self.top_k,
+                hidden=self.hidden, item_bytes=self.dtype.itemsize, quant=self.quant,
+            ).total_bytes  # fmt: skip
         return xccl.ExpertParallel(
             comm, num_experts=self.num_experts, hidden=self.hidden, top_k=self.top_k, max_tokens=self.max_tokens,
-            dtype=self.dtype, quant=self.quant,
+            dtype=self.dtype, quant=self.quant, protocol=self.protocol, rows=self.rows, buffer_bytes=buffer_bytes,
         )  # fmt: skip
 
     def round(
@@ -161,8 +184,30 @@ class Shape:
             idx[rng.random(idx.shape) < no_expert] = -1
             idxs.append(idx)
             weights.append(numbers(rng, (n, self.top_k), FP32, kind))
+        shared = [numbers(rng, x.shape, self.dtype, kind) for x in xs] if self.shared else None
+        return self.round_of(xs, idxs, weights, shared, kind, rng)
+
+    def round_of(
+        self,
+        xs: list[Array],
+        idxs: list[Array],
+        weights: list[Array],
+        shared: list[Array] | None = None,
+        kind: str = "normal",
+        rng: np.random.Generator | None = None,
+    ) -> Round:
+        """A round with these inputs."""
+        rng = np.random.default_rng(0) if rng is None else rng
+        is_dedup = self.rows == "dedup"
         with np.errstate(invalid="ignore"):  # signalling NaNs
-            dispatched = reference.dispatch(xs, idxs, self.num_experts, self.quant)
-        outs = [numbers(rng, (len(r.source), self.hidden), self.dtype, kind) for r in dispatched]
-        ys = reference.combine(outs, dispatched, weights, idxs)
-        return Round(xs, idxs, outs, weights, dispatched, ys)
+            if is_dedup:
+                dispatched = reference.dispatch_dedup(xs, idxs, weights, self.num_experts, self.quant)
+            else:
+                dispatched = reference.dispatch(xs, idxs, self.num_experts, self.quant)
+        outs = [numbers(rng, (int(r.counts.sum()), self.hidden), self.dtype, kind) for r in dispatched]
+        if not is_dedup:
+            ys = reference.combine(outs, dispatched, weights, idxs, shared_outs=shared)
+            return Round(xs, idxs, outs, weights, dispatched, ys, shared=shared)
+        partials = [reference.reduce_local(out, r, self.top_k) for out, r in zip(outs, dispatched, strict=True)]
+        ys = reference.combine_dedup(partials, dispatched, idxs, shared)
+        return Round(xs, idxs, outs, weights, dispatched, ys, partials, shared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,8 @@ RAGGED = [5, 0, 16, 1]
 
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_equals_the_oracle(fabric: str, dtype: np.dtype[Any], quant: reference.Quant) -> None:
-    shape = Shape(num_experts=12, hidden=77, top_k=4, dtype=dtype, quant=quant)
+def test_equals_the_oracle(fabric: str, protocol: str, dtype: np.dtype[Any], quant: reference.Quant) -> None:
+    shape = Shape(protocol=protocol, num_experts=12, hidden=77, top_k=4, dtype=dtype, quant=quant)
     rounds = [shape.round(i, np.roll(RAGGED, i).tolist(), KINDS[i % len(KINDS)], hot=i % 3 == 2) for i in range(12)]
 
     def main(comm: xccl.Communicator) -> None:
@@ -41,9 +42,9 @@ def test_equals_the_oracle(fabric: str, dtype: np.dtype[Any], quant: reference.Q
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_the_largest_shape_of_the_issue(fabric: str, quant: reference.Quant) -> None:
+def test_the_largest_shape_of_the_issue(fabric: str, protocol: str, quant: reference.Quant) -> None:
     """8 ranks, 200 tokens, hidden 7168, top-k 16, 512 experts; few tokens on most ranks, so that it takes a second."""
-    shape = Shape(num_experts=512, hidden=7168, top_k=16, max_tokens=200, quant=quant)
+    shape = Shape(protocol=protocol, num_experts=512, hidden=7168, top_k=16, max_tokens=200, quant=quant)
     r = shape.round(1, [200, 37, 0, 1, 5, 0, 2, 11])
 
     def main(comm: xccl.Communicator) -> None:
@@ -55,8 +56,8 @@ def test_the_largest_shape_of_the_issue(fabric: str, quant: reference.Quant) -> 
 
 
 @pytest.mark.parametrize(("ranks", "fabric_name"), [(32, "shm"), (64, "local")])
-def test_many_ranks(ranks: int, fabric_name: str) -> None:
-    shape = Shape(num_experts=2 * ranks, hidden=1024, top_k=8, max_tokens=8, quant="int8")
+def test_many_ranks(ranks: int, fabric_name: str, protocol: str) -> None:
+    shape = Shape(num_experts=2 * ranks, hidden=1024, top_k=8, max_tokens=8, quant="int8", protocol=protocol)
     rounds = [shape.round(i, [8] * ranks) for i in range(2)]
 
     def main(comm: xccl.Communicator) -> None:
@@ -68,8 +69,8 @@ def test_many_ranks(ranks: int, fabric_name: str) -> None:
 
 
 @pytest.mark.parametrize("experts", [1, 2, 3, 512])
-def test_one_rank(fabric: str, experts: int) -> None:
-    shape = Shape(num_experts=experts, hidden=33, top_k=16, dtype=FP32)
+def test_one_rank(fabric: str, protocol: str, experts: int) -> None:
+    shape = Shape(protocol=protocol, num_experts=experts, hidden=33, top_k=16, dtype=FP32)
     rounds = [shape.round(i, [n]) for i, n in enumerate([0, 1, 16])]
 
     def main(comm: xccl.Communicator) -> None:
@@ -84,9 +85,9 @@ def test_one_rank(fabric: str, experts: int) -> None:
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_dispatches_back_to_back(fabric: str, quant: reference.Quant) -> None:
+def test_dispatches_back_to_back(fabric: str, protocol: str, quant: reference.Quant) -> None:
     """No combine and no barrier in between: a fast rank runs ahead as far as the protocol lets it."""
-    shape = Shape(num_experts=9, quant=quant)
+    shape = Shape(protocol=protocol, num_experts=9, quant=quant)
     rounds = [shape.round(i, [i % 17, 16, (3 * i) % 17]) for i in range(40)]
 
     def main(comm: xccl.Communicator) -> None:
@@ -97,8 +98,8 @@ def test_dispatches_back_to_back(fabric: str, quant: reference.Quant) -> None:
     launch(main, 3, fabric)
 
 
-def test_combines_back_to_back_with_one_handle(fabric: str) -> None:
-    shape = Shape(num_experts=6, dtype=FP16)
+def test_combines_back_to_back_with_one_handle(fabric: str, protocol: str) -> None:
+    shape = Shape(protocol=protocol, num_experts=6, dtype=FP16)
     r = shape.round(0, [7, 16, 3])
     rng = np.random.default_rng(3)
     variants = []
@@ -118,9 +119,9 @@ def test_combines_back_to_back_with_one_handle(fabric: str) -> None:
     launch(main, 3, fabric)
 
 
-def test_handles_kept_over_later_dispatches(fabric: str) -> None:
+def test_handles_kept_over_later_dispatches(fabric: str, protocol: str) -> None:
     """Several micro-batches under way: their combines come later, in another order, and more than once."""
-    shape = Shape(num_experts=6, quant="int8")
+    shape = Shape(protocol=protocol, num_experts=6, quant="int8")
     rounds = [shape.round(i, [(5 * i + 3) % 17, 16 - i, i]) for i in range(8)]
 
     def main(comm: xccl.Communicator) -> None:
@@ -135,9 +136,9 @@ def test_handles_kept_over_later_dispatches(fabric: str) -> None:
     launch(main, 3, fabric)
 
 
-def test_results_stay_valid_while_they_are_held(fabric: str) -> None:
+def test_results_stay_valid_while_they_are_held(fabric: str, protocol: str) -> None:
     """Result memory is used again, but not before the last view of it is gone, whichever view that is."""
-    shape = Shape(num_experts=4, hidden=500, top_k=4, max_tokens=32, dtype=FP32)
+    shape = Shape(protocol=protocol, num_experts=4, hidden=500, top_k=4, max_tokens=32, dtype=FP32)
     rounds = [shape.round(i, [32, 20]) for i in range(24)]
 
     def main(comm: xccl.Communicator) -> int:
@@ -167,9 +168,9 @@ def test_results_stay_valid_while_they_are_held(fabric: str) -> None:
     assert min(launch(main, 2, fabric)) > 0
 
 
-def test_a_result_may_be_the_input_of_the_next_operation(fabric: str) -> None:
+def test_a_result_may_be_the_input_of_the_next_operation(fabric: str, protocol: str) -> None:
     """expert_out is d.tokens itself, and the next x is y: nothing is overwritten while it is read."""
-    shape = Shape(num_experts=4, hidden=64, top_k=2, dtype=FP32)
+    shape = Shape(protocol=protocol, num_experts=4, hidden=64, top_k=2, dtype=FP32)
     r = shape.round(0, [9, 16], no_expert=0)
     weights = [np.full(w.shape, 0.5, np.float32) for w in r.weights]
 
@@ -184,9 +185,9 @@ def test_a_result_may_be_the_input_of_the_next_operation(fabric: str) -> None:
     launch(main, 2, fabric)
 
 
-def test_inputs_are_not_needed_after_the_call(fabric: str) -> None:
+def test_inputs_are_not_needed_after_the_call(fabric: str, protocol: str) -> None:
     """What a caller does to its own arrays when a call is over does not reach a rank that is still in the call."""
-    shape = Shape(num_experts=3, hidden=1000, max_tokens=64)
+    shape = Shape(protocol=protocol, num_experts=3, hidden=1000, max_tokens=64)
     rounds = [shape.round(i, [64, 64, 64]) for i in range(6)]
 
     def main(comm: xccl.Communicator) -> None:
@@ -204,8 +205,11 @@ def test_inputs_are_not_needed_after_the_call(fabric: str) -> None:
     launch(main, 3, fabric)
 
 
-def test_two_objects_interleaved(fabric: str) -> None:
-    a, b = Shape(num_experts=6, hidden=40, quant="int8"), Shape(num_experts=3, hidden=7, top_k=5, dtype=FP32)
+def test_two_objects_interleaved(fabric: str, protocol: str) -> None:
+    a, b = (
+        Shape(protocol=protocol, num_experts=6, hidden=40, quant="int8"),
+        Shape(protocol=protocol, num_experts=3, hidden=7, top_k=5, dtype=FP32),
+    )
     rounds_a = [a.round(i, [3, 16, 8]) for i in range(6)]
     rounds_b = [b.round(100 + i, [16, 0, 9]) for i in range(6)]
 
@@ -226,9 +230,9 @@ def test_two_objects_interleaved(fabric: str) -> None:
     launch(main, 3, fabric)
 
 
-def test_between_other_operations(fabric: str) -> None:
+def test_between_other_operations(fabric: str, protocol: str) -> None:
     """Dispatch and combine share nothing with puts, signals, sends and barriers that go on around them."""
-    shape = Shape(num_experts=3, quant="int8")
+    shape = Shape(protocol=protocol, num_experts=3, quant="int8")
     rounds = [shape.round(i, [16, 2, 9]) for i in range(5)]
 
     def main(comm: xccl.Communicator) -> None:
@@ -259,8 +263,8 @@ def test_between_other_operations(fabric: str) -> None:
 @pytest.mark.parametrize(
     "tokens", [[0, 0, 0], [16, 0, 0], [0, 0, 16], [16, 16, 16], [1, 0, 1]], ids=lambda t: "-".join(map(str, t))
 )
-def test_ragged_and_empty_ranks(fabric: str, tokens: list[int], quant: reference.Quant) -> None:
-    shape = Shape(num_experts=6, quant=quant)
+def test_ragged_and_empty_ranks(fabric: str, protocol: str, tokens: list[int], quant: reference.Quant) -> None:
+    shape = Shape(protocol=protocol, num_experts=6, quant=quant)
     rounds = [shape.round(i, tokens) for i in range(3)]
 
     def main(comm: xccl.Communicator) -> None:
@@ -272,9 +276,9 @@ def test_ragged_and_empty_ranks(fabric: str, tokens: list[int], quant: reference
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_no_experts_at_all(fabric: str, quant: reference.Quant) -> None:
+def test_no_experts_at_all(fabric: str, protocol: str, quant: reference.Quant) -> None:
     """All slots are -1: nothing arrives, and every token comes back as +0."""
-    shape = Shape(quant=quant)
+    shape = Shape(protocol=protocol, quant=quant)
     r = shape.round(0, [16, 3], "specials", no_expert=1.1)
 
     def main(comm: xccl.Communicator) -> None:
@@ -287,9 +291,9 @@ def test_no_experts_at_all(fabric: str, quant: reference.Quant) -> None:
     launch(main, 2, fabric)
 
 
-def test_the_same_expert_in_every_slot(fabric: str) -> None:
+def test_the_same_expert_in_every_slot(fabric: str, protocol: str) -> None:
     """Each slot is a row of its own; all go to one rank, first to the first expert and then to the last."""
-    shape = Shape(num_experts=4, top_k=3, max_tokens=4)
+    shape = Shape(protocol=protocol, num_experts=4, top_k=3, max_tokens=4)
 
     def main(comm: xccl.Communicator) -> None:
         ep = shape.expert_parallel(comm)
@@ -311,9 +315,9 @@ def test_the_same_expert_in_every_slot(fabric: str) -> None:
     launch(main, 2, fabric)
 
 
-def test_one_hot_expert_takes_all_that_fits(fabric: str) -> None:
+def test_one_hot_expert_takes_all_that_fits(fabric: str, protocol: str) -> None:
     """Every slot of every rank goes to the last expert: the worst case for which the area is sized."""
-    shape = Shape(num_experts=8, hidden=9, top_k=4, max_tokens=16, quant="int8")
+    shape = Shape(protocol=protocol, num_experts=8, hidden=9, top_k=4, max_tokens=16, quant="int8")
     r = shape.round(0, [16] * 4)
     idxs = [np.full_like(idx, 7) for idx in r.topk_idxs]
     expected = reference.dispatch(r.xs, idxs, 8, "int8")
@@ -333,8 +337,8 @@ def test_one_hot_expert_takes_all_that_fits(fabric: str) -> None:
 
 @pytest.mark.parametrize("idx_dtype", ["i1", "u1", "<i2", ">i4", "i8", "u8"])
 @pytest.mark.parametrize("weight_dtype", [np.float64, np.float16, BF16, ">f4"], ids=str)
-def test_other_dtypes_of_ids_and_weights(fabric: str, idx_dtype: str, weight_dtype: Any) -> None:
-    shape = Shape(num_experts=8, dtype=FP32)
+def test_other_dtypes_of_ids_and_weights(fabric: str, protocol: str, idx_dtype: str, weight_dtype: Any) -> None:
+    shape = Shape(protocol=protocol, num_experts=8, dtype=FP32)
     r = shape.round(0, [16, 5], no_expert=0 if idx_dtype[-2] == "u" else 0.2)
     weights = [w.astype(weight_dtype) for w in r.weights]
     ys = reference.combine(r.outs, r.dispatched, [w.astype(np.float32) for w in weights], r.topk_idxs)
@@ -348,8 +352,8 @@ def test_other_dtypes_of_ids_and_weights(fabric: str, idx_dtype: str, weight_dty
     launch(main, 2, fabric)
 
 
-def test_strided_and_unaligned_arguments(fabric: str) -> None:
-    shape = Shape(num_experts=4, quant="int8")
+def test_strided_and_unaligned_arguments(fabric: str, protocol: str) -> None:
+    shape = Shape(protocol=protocol, num_experts=4, quant="int8")
     r = shape.round(0, [16, 11])
 
     def awkward(array: np.ndarray, how: int) -> np.ndarray:
@@ -379,9 +383,9 @@ def test_strided_and_unaligned_arguments(fabric: str) -> None:
 
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_not_finite(fabric: str, dtype: np.dtype[Any], quant: reference.Quant) -> None:
+def test_not_finite(fabric: str, protocol: str, dtype: np.dtype[Any], quant: reference.Quant) -> None:
     """A NaN or an infinity spoils its own token, quantised to NaN, and no other; so do such weights."""
-    shape = Shape(num_experts=2, hidden=70, top_k=1, max_tokens=6, dtype=dtype, quant=quant)
+    shape = Shape(protocol=protocol, num_experts=2, hidden=70, top_k=1, max_tokens=6, dtype=dtype, quant=quant)
     special = [np.nan, -np.nan, np.inf, -np.inf]
 
     def main(comm: xccl.Communicator) -> None:
@@ -412,12 +416,12 @@ def test_not_finite(fabric: str, dtype: np.dtype[Any], quant: reference.Quant) -
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_the_same_bits_on_every_run_and_fabric(quant: reference.Quant) -> None:
+def test_the_same_bits_on_every_run_fabric_and_protocol(quant: reference.Quant) -> None:
     shape = Shape(num_experts=8, hidden=515, top_k=6, max_tokens=24, quant=quant)
     rounds = [shape.round(i, [24, 3, 0, 17], "wide") for i in range(3)]
 
-    def main(comm: xccl.Communicator) -> str:
-        ep = shape.expert_parallel(comm)
+    def main(comm: xccl.Communicator, protocol: str) -> str:
+        ep = replace(shape, protocol=protocol).expert_parallel(comm)
         digest = hashlib.sha256()
         for r in rounds:
             d = ep.dispatch(r.xs[comm.rank], r.topk_idxs[comm.rank])
@@ -426,6 +430,11 @@ def test_the_same_bits_on_every_run_and_fabric(quant: reference.Quant) -> None:
                 digest.update(b"-" if array is None else array.tobytes())
         return digest.hexdigest()
 
-    runs = [launch(main, 4, name) for name in ("shm", "local") for _ in range(5)]
+    runs = [
+        launch(main, 4, fabric, args=(protocol,))
+        for fabric in ("shm", "local")
+        for protocol in ("pull", "push")
+        for _ in range(3)
+    ]
     assert all(run == runs[0] for run in runs)
     assert len(set(runs[0])) == 4

@@ -1,10 +1,11 @@
 """No operation overwrites what a slow peer still reads: each rank in turn is slow at each step of dispatch and of
 combine.
 
-The proof is in `xccl.comm.moe`; this is the experiment. All operations follow one another without a barrier, every one
-has other data, and all results are checked bit for bit. While one rank sleeps before a step, the others run ahead as
-far as the protocol lets them, since a step takes them microseconds. (Without step 0, the wait for peers that still
-pull, these tests fail: the next operation's rows arrive in the place of this one's.)
+The proofs are in `xccl.comm.moe_pull` and `xccl.comm.moe_push`; this is the experiment. All operations follow one
+another without a barrier, every one has other data, and all results are checked bit for bit. While one rank sleeps
+before a step, the others run ahead as far as the protocol lets them, since a step takes them microseconds. (Without the
+wait for peers that still pull, or the round before an operation that comes out of turn, these tests fail: the next
+operation's rows arrive in the place of this one's.)
 """
 
 from __future__ import annotations
@@ -21,12 +22,27 @@ from tests.multirank.support import Round, Shape, launch
 RANKS = 3
 #: A hundred times what an operation of this size takes.
 DELAY_S = 0.004
-STEPS = ("await-pulled", "write", "announce", "await-fields", "pull", "release")
+PULL = ("await-pulled", "write", "announce", "await-fields", "pull", "release")
+STEPS = {
+    ("pull", "dispatch"): PULL,
+    ("pull", "combine"): PULL,
+    ("push", "dispatch"): ("send", "notify", "await-flags", "assemble"),
+    ("push", "combine"): ("send", "flag", "await-flags", "reduce"),
+}
+#: Besides, in a push operation that comes out of turn.
+ROUND = ("release", "await-taken")
 #: Operations between two delays, and at the end: enough for a fast rank to come around to the same memory twice.
 BACK_TO_BACK = 4
 
-SHAPE = Shape(num_experts=6, hidden=130, top_k=4, max_tokens=16, quant="int8")
-ROUNDS = [SHAPE.round(i, [(7 * i + 5) % 17, 16, (3 * i) % 17], no_expert=0.05) for i in range(6)]
+SHAPES = {
+    protocol: Shape(num_experts=7, hidden=130, top_k=4, max_tokens=16, quant="int8", protocol=protocol)
+    for protocol in ("pull", "push")
+}
+SHAPE = SHAPES["pull"]
+#: Dense ones, and sparse ones, in which some ranks have nothing for each other and so wait for each other less.
+ROUNDS = [
+    SHAPE.round(i, [(7 * i + 5) % 17, 16, (3 * i) % 17], no_expert=0.05 if i % 2 else 0.9, hot=i == 4) for i in range(8)
+]
 
 
 class Sleeper:
@@ -47,10 +63,15 @@ class Sleeper:
         self._at = (operation, step) if rank == self._rank else None
 
 
-def delays(operations: tuple[str, ...]) -> Iterator[tuple[int, str, str]]:
+def steps_of(protocol: str, operation: str, out_of_turn: str | None) -> tuple[str, ...]:
+    """The steps of an operation, if the one of that name comes out of turn."""
+    return (ROUND if (protocol, operation) == ("push", out_of_turn) else ()) + STEPS[protocol, operation]
+
+
+def delays(protocol: str, operations: tuple[str, ...], out_of_turn: str | None) -> Iterator[tuple[int, str, str]]:
     """Every rank at every step."""
     for operation in operations:
-        for step in STEPS:
+        for step in steps_of(protocol, operation, out_of_turn):
             for rank in range(RANKS):
                 yield rank, operation, step
 
@@ -88,23 +109,25 @@ def mixed(comm: xccl.Communicator, ep: xccl.ExpertParallel) -> Callable[[int, Ro
 
 
 @pytest.mark.parametrize(
-    ("kind", "slow_in"),
+    ("kind", "slow_in", "out_of_turn"),
     [
-        (dispatch_only, ("dispatch",)),
-        (combine_only, ("combine",)),
-        (in_turn, ("dispatch", "combine")),
-        (mixed, ("dispatch", "combine")),
+        (dispatch_only, ("dispatch",), "dispatch"),
+        (combine_only, ("combine",), "combine"),
+        (in_turn, ("dispatch", "combine"), None),
+        (mixed, ("dispatch", "combine"), "dispatch"),
     ],
     ids=["dispatch_only", "combine_only", "in_turn", "mixed"],
 )
-def test_a_slow_rank_reads_what_was_meant_for_it(fabric: str, kind: Any, slow_in: tuple[str, ...]) -> None:
+def test_a_slow_rank_reads_what_was_meant_for_it(
+    fabric: str, protocol: str, kind: Any, slow_in: tuple[str, ...], out_of_turn: str | None
+) -> None:
     def main(comm: xccl.Communicator) -> set[tuple[str, str]]:
-        ep = SHAPE.expert_parallel(comm)
+        ep = SHAPES[protocol].expert_parallel(comm)
         operate = kind(comm, ep)
         sleeper = Sleeper(comm.rank)
         ep.on_step = sleeper
         i = 0
-        for rank, operation, step in delays(slow_in):
+        for rank, operation, step in delays(protocol, slow_in, out_of_turn):
             # Slow in the middle of operations that go on before and after.
             for n in range(BACK_TO_BACK):
                 if n == 1:
@@ -116,17 +139,20 @@ def test_a_slow_rank_reads_what_was_meant_for_it(fabric: str, kind: Any, slow_in
                 i += 1
         return set(sleeper.seen)
 
-    every_step = {(operation, step) for operation in slow_in for step in STEPS}
+    every_step = {(operation, step) for operation in slow_in for step in steps_of(protocol, operation, out_of_turn)}
     for seen in launch(main, RANKS, fabric):
         assert seen >= every_step, "a step was renamed, and its delay never happened"
+        if out_of_turn is None:
+            assert seen == every_step, "operations in turn have a round"
 
 
-def test_two_slow_ranks_and_a_fast_one(fabric: str) -> None:
-    """One rank is slow to pull and another slow to write, all the time: the fast one is held back by both."""
-    slow_at = {0: ("dispatch", "pull"), 1: ("dispatch", "write"), 2: None}
+def test_two_slow_ranks_and_a_fast_one(fabric: str, protocol: str) -> None:
+    """One rank is slow to read and another slow to write, all the time: the fast one is held back by both."""
+    reading, writing = {"pull": ("pull", "write"), "push": ("assemble", "send")}[protocol]
+    slow_at = {0: ("dispatch", reading), 1: ("dispatch", writing), 2: None}
 
     def main(comm: xccl.Communicator) -> None:
-        ep = SHAPE.expert_parallel(comm)
+        ep = SHAPES[protocol].expert_parallel(comm)
         sleeper = Sleeper(comm.rank)
         at = slow_at[comm.rank]
         if at is not None:
@@ -138,16 +164,17 @@ def test_two_slow_ranks_and_a_fast_one(fabric: str) -> None:
     launch(main, RANKS, fabric)
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_a_rank_that_stops_at_a_step_is_waited_for(fabric: str, step: str) -> None:
+@pytest.mark.parametrize("number", range(len(PULL)))
+def test_a_rank_that_stops_at_a_step_is_waited_for(fabric: str, protocol: str, number: int) -> None:
     """A long stop, much longer than the time in which a rank goes from spinning to sleeping."""
 
     def main(comm: xccl.Communicator) -> None:
-        ep = SHAPE.expert_parallel(comm)
+        ep = SHAPES[protocol].expert_parallel(comm)
         stopped: list[str] = []
 
         def stop_once(operation: str, at: str) -> None:
-            if comm.rank == 1 and at == step and operation not in stopped:
+            steps = STEPS[protocol, operation]
+            if comm.rank == 1 and at == steps[number % len(steps)] and operation not in stopped:
                 stopped.append(operation)
                 time.sleep(0.08)
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 import xccl
 from tests.multirank.support import BF16, FLOATS, FP16, FP32, KINDS, Round, Shape, launch
@@ -49,7 +48,7 @@ class Session:
 
 @st.composite
 def sessions(draw: st.DrawFn) -> Session:
-    """Any session of the issue: ranks 1-8, tokens 0-200 ragged, hidden 1-7168, top-k 1-16, experts 1-512."""
+    """Any session: ranks 1-8, tokens 0-200 ragged, hidden 1-7168, top-k 1-16, experts 1-512, both protocols, any rows."""
     ranks = draw(st.integers(1, 8))
     # Sizes around those where loops change their step, and any other.
     hidden = draw(
@@ -60,7 +59,7 @@ def sessions(draw: st.DrawFn) -> Session:
         )
     )
     top_k = draw(st.integers(1, 16))
-    experts = ranks * draw(st.one_of(st.integers(1, 4), st.integers(1, 512 // ranks)))
+    experts = draw(st.one_of(st.integers(1, 4 * ranks), st.integers(1, 512), st.just(ranks), st.just(2 * ranks)))
     most = max(1, min(200, BUDGET // (ranks * hidden * top_k)))
     tokens = st.one_of(st.integers(0, most), st.sampled_from([0, 1, most]))
     rounds = draw(
@@ -84,6 +83,9 @@ def sessions(draw: st.DrawFn) -> Session:
         max_tokens=draw(st.sampled_from([needed, max(needed, most)])),
         dtype=draw(st.sampled_from(FLOATS)),
         quant=draw(st.sampled_from(["int8", "none"])),
+        protocol=draw(st.sampled_from(["pull", "push"])),
+        rows=draw(st.sampled_from(["expanded", "dedup"])),
+        shared=draw(st.booleans()),
     )
     return Session(ranks, shape, rounds, depth=draw(st.integers(1, 3)))
 
@@ -97,8 +99,19 @@ def sessions(draw: st.DrawFn) -> Session:
 @example(session=Session(8, Shape(8, 3, 16, 200, FP16, "none"), [(3, [0, 200] * 4, "any bits", 0.0, True)] * 3))
 @example(session=Session(1, Shape(1, 7168, 1, 200, BF16, "int8"), [(4, [200], "specials", 0.0, False)]))
 @example(session=Session(1, Shape(512, 7167, 16, 1, FP32, "none"), [(5, [1], "specials", 0.0, False)]))
+@example(session=Session(5, Shape(3, 9, 4, 20, BF16, "int8", "push"), [(7, [20, 0, 7, 1, 20], "wide", 0.1, True)] * 3))
+@example(
+    session=Session(
+        4, Shape(10, 65, 16, 9, FP16, "int8", "push", "dedup", True), [(8, [9, 0, 4, 9], "any bits", 0.1, False)] * 2
+    )
+)
+@example(
+    session=Session(
+        4, Shape(10, 65, 16, 9, FP32, "none", "pull", "dedup", True), [(8, [9, 0, 4, 9], "any bits", 0.1, False)] * 2
+    )
+)
 @example(session=Session(7, Shape(7, 5, 1, 0, BF16, "int8"), [(6, [0] * 7, "normal", 0.0, False)] * 2))
-@settings(max_examples=150)
+@settings(max_examples=200)
 @pytest.mark.timeout(110)
 def test_any_session(fabric: str, session: Session) -> None:
     session.run(fabric)

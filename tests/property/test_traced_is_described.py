@@ -7,17 +7,17 @@ of all ranks; traces come from what each rank's operations left behind.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 import xccl
-from tests.multirank.support import BF16, FLOATS, Shape, launch
+from tests.multirank.support import BF16, FLOATS, Round, Shape, launch
 from xccl.layout.ring import MAX_LANES
-from xccl.protocol import moe, onesided, p2p
+from xccl.protocol import moe, moe_push, onesided, p2p
 from xccl.protocol.counts import RoutingCounts
 from xccl.protocol.stage import Description, Entry
 from xccl.trace.record import Operation, Recorder
@@ -222,48 +222,99 @@ def test_blocking_send_and_receive(fabric: str, n_bytes: int, mode: Literal["rin
     assert entries_of(receiver) == [("recv", described.entries(1))]
 
 
+@dataclass(frozen=True)
+class MoeCase:
+    """An ExpertParallel object, and what is done with it.
+
+    Attributes:
+        shape: of the object.
+        tokens: of each rank in each round.
+        seed: of the data.
+        hot: choose few experts only.
+        calls: "dispatch", "repeat" (of the last dispatch) or "combine" (of the last dispatch), one after the other.
+    """
+
+    shape: Shape
+    tokens: list[list[int]]
+    seed: int
+    hot: bool
+    calls: list[str]
+
+
 @st.composite
-def moe_cases(draw: st.DrawFn) -> tuple[Shape, list[list[int]], int, bool]:
-    """A shape, the tokens of each rank in each round, a seed, and whether few experts are chosen only."""
+def moe_cases(draw: st.DrawFn) -> MoeCase:
+    """Any shape, protocol, rows and calls."""
     ranks = draw(st.integers(1, 6))
     shape = Shape(
-        num_experts=ranks * draw(st.integers(1, 4)),
+        num_experts=draw(st.integers(1, 4 * ranks)),
         hidden=draw(st.integers(1, 70)),
         top_k=draw(st.integers(1, 6)),
         max_tokens=20,
         dtype=draw(st.sampled_from(FLOATS)),
         quant=draw(st.sampled_from(["int8", "none"])),
+        protocol=draw(st.sampled_from(["pull", "push"])),
+        rows=draw(st.sampled_from(["expanded", "dedup"])),
+        shared=draw(st.booleans()),
     )
     tokens = st.lists(st.integers(0, shape.max_tokens), min_size=ranks, max_size=ranks)
     rounds = draw(st.lists(tokens, min_size=1, max_size=3))
-    return shape, rounds, draw(st.integers(0, 1 << 30)), draw(st.booleans())
+    calls = draw(st.lists(st.sampled_from(["dispatch", "combine", "repeat"]), max_size=6))
+    return MoeCase(shape, rounds, draw(st.integers(0, 1 << 30)), draw(st.booleans()), ["dispatch", *calls])
 
 
-@settings(max_examples=60)
-@example(case=(Shape(num_experts=3, quant="int8"), [[0, 0, 0], [5, 0, 16]], 0, False))
-@example(case=(Shape(num_experts=1, dtype=BF16), [[7]], 1, True))
+def described_calls(case: MoeCase, rounds: list[Round]) -> list[tuple[str, Description]]:
+    """The descriptions of the calls. In turn are a dispatch after a combine, and a combine after a dispatch."""
+    shape, found = case.shape, []
+    quant: moe.Quant = "int8" if shape.quant == "int8" else "none"
+    rows: moe.Rows = "dedup" if shape.rows == "dedup" else "expanded"
+    common = {"hidden": shape.hidden, "item_bytes": shape.dtype.itemsize, "rows": rows}
+    number, before = -1, "combine"
+    for call in case.calls:
+        number += call == "dispatch"
+        routing = RoutingCounts.from_topk(rounds[number % len(rounds)].topk_idxs, shape.num_experts)
+        name = "combine" if call == "combine" else "dispatch"
+        options: dict[str, Any] = dict(common)
+        if shape.protocol == "push":
+            options["in_turn"] = name != before
+        if name == "combine":
+            make = moe_push.combine if shape.protocol == "push" else moe.combine
+            found.append((name, make(routing, shared_expert=shape.shared, **options)))
+        else:
+            make = moe_push.dispatch if shape.protocol == "push" else moe.dispatch
+            found.append((name, make(routing, quant=quant, cached=call == "repeat", **options)))
+        before = name
+    return found
+
+
+@settings(max_examples=100)
+@example(
+    case=MoeCase(Shape(num_experts=3, quant="int8"), [[0, 0, 0], [5, 0, 16]], 0, False, ["dispatch", "combine"] * 2)
+)
+@example(case=MoeCase(Shape(num_experts=1, dtype=BF16), [[7]], 1, True, ["dispatch", "combine"]))
+@example(case=MoeCase(Shape(num_experts=2, protocol="push"), [[7, 0, 3]], 1, True, ["dispatch"] * 2 + ["combine"] * 2))
 @given(case=moe_cases())
-def test_dispatch_and_combine(fabric: str, case: tuple[Shape, list[list[int]], int, bool]) -> None:
-    """Pull; ragged tokens, slots and tokens without expert, experts without tokens, an expert named twice."""
-    shape, tokens, seed, hot = case
-    ranks = len(tokens[0])
-    rounds = [shape.round(seed + i, each, no_expert=0.3, hot=hot) for i, each in enumerate(tokens)]
+def test_dispatch_and_combine(fabric: str, case: MoeCase) -> None:
+    """Ragged tokens, slots and tokens without expert, experts without tokens, an expert named twice, any order."""
+    ranks = len(case.tokens[0])
+    rounds = [case.shape.round(case.seed + i, each, no_expert=0.3, hot=case.hot) for i, each in enumerate(case.tokens)]
 
     def main(comm: xccl.Communicator) -> Recorder:
-        ep = shape.expert_parallel(comm)
+        ep = case.shape.expert_parallel(comm)
+        number = -1
         with comm.trace() as recorder:
-            for each in rounds:
-                each.run(comm.rank, ep)
+            for call in case.calls:
+                number += call == "dispatch"
+                each = rounds[number % len(rounds)]
+                if call == "dispatch":
+                    d = each.dispatch(comm.rank, ep)
+                elif call == "repeat":
+                    d = ep.dispatch(each.xs[comm.rank], handle=d)
+                    each.check_dispatched(comm.rank, d)
+                else:
+                    each.combine(comm.rank, ep, d)
         return recorder
 
-    expected: list[tuple[str, Description]] = []
-    item_bytes = shape.dtype.itemsize
-    for each in rounds:
-        routing = RoutingCounts.from_topk(each.topk_idxs, shape.num_experts)
-        quant: moe.Quant = "int8" if shape.quant == "int8" else "none"
-        dispatched = moe.dispatch(routing, hidden=shape.hidden, item_bytes=item_bytes, quant=quant)
-        expected += [("dispatch", dispatched)]
-        expected += [("combine", moe.combine(routing, hidden=shape.hidden, item_bytes=item_bytes))]
+    expected = described_calls(case, rounds)
     for rank, recorder in enumerate(launch(main, ranks, fabric)):
         assert entries_of(recorder) == [(name, described.entries(rank)) for name, described in expected]
         for operation, (_, described) in zip(recorder.operations, expected, strict=True):

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tests.unit.described import check, matrix, the_signals, the_transfers, total, written_by
 from xccl.errors import UsageError

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from xccl.errors import UsageError
 from xccl.protocol.counts import RoutingCounts
@@ -23,6 +22,23 @@ def test_real_choices_are_counted_by_hand() -> None:
     assert routing.runs.tolist() == [[1, 2], [2, 0]]
     assert (routing.sent.tolist(), routing.received.tolist()) == ([3, 3], [4, 2])
     assert (routing.sources, routing.destinations, routing.experts, routing.local_experts) == (2, 2, 4, 2)
+
+
+def test_experts_that_the_ranks_do_not_divide() -> None:
+    """Five experts on three ranks: the first two have two each. Token 0 of rank 0 has two experts on rank 1."""
+    idxs = [np.array([[2, 3, 4], [0, -1, 0]]), np.array([[-1, -1, -1]]), np.zeros((0, 3), np.int64)]
+    routing = RoutingCounts.from_topk(idxs, 5)
+    assert routing.local.tolist() == [2, 2, 1]
+    assert routing.rows.tolist() == [[2, 2, 1], [0, 0, 0], [0, 0, 0]]
+    assert routing.runs.tolist() == [[1, 2, 1], [0, 0, 0], [0, 0, 0]]
+    assert routing.deduplicated is not None
+    assert routing.deduplicated.tolist() == [[1, 1, 1], [0, 0, 0], [0, 0, 0]]
+
+
+def test_fewer_experts_than_ranks() -> None:
+    routing = RoutingCounts.from_topk([np.array([[0, 1]])] * 4, 2)
+    assert routing.local.tolist() == [1, 1, 0, 0]
+    assert routing.rows.tolist() == [[1, 1, 0, 0]] * 4
 
 
 def test_one_array_for_all_ranks() -> None:
@@ -91,7 +107,7 @@ def test_it_is_near_what_chance_gives() -> None:
     [
         lambda: RoutingCounts.from_topk([np.array([[4]])], 4),
         lambda: RoutingCounts.from_topk([np.array([[-2]])], 4),
-        lambda: RoutingCounts.from_topk([np.array([[0]])] * 3, 4),
+        lambda: RoutingCounts.from_topk([np.array([[0]])] * 3, 4).local_experts,
         lambda: RoutingCounts.from_counts([[1, -1]], 1, destinations=2),
         lambda: RoutingCounts.uniform(2, experts=4, tokens=1, top_k=5),
         lambda: RoutingCounts(np.ones(2, np.int64), np.ones(3, np.int64), np.ones((2, 2), np.int64), 2),

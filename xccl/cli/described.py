@@ -14,7 +14,7 @@ from xccl.errors import UsageError
 from xccl.layout.dtypes import CODE_BY_NAME, DTYPE_OF
 from xccl.layout.ring import MAX_LANES
 from xccl.model.project import whole_experts
-from xccl.protocol import a2e, collectives, moe, onesided, p2p
+from xccl.protocol import a2e, collectives, moe, moe_push, onesided, p2p
 from xccl.protocol.collectives import FLOWS, Kind
 from xccl.protocol.counts import RoutingCounts
 from xccl.protocol.routing import make_routing
@@ -58,7 +58,17 @@ def describe_step(
     experts = whole_experts(options.experts, ranks)
     choices = [_choices(options, case.tokens, rank, ranks, experts) for rank in range(ranks)]
     routing = RoutingCounts.from_topk(choices, experts)
-    make: dict[str, Callable[[], Description]] = {
+    if options.protocol == "push":
+        # Dispatch after dispatch, or combine after combine, is out of turn; a round trip is not.
+        in_turn = op == "moe"
+        make: dict[str, Callable[[], Description]] = {
+            "dispatch": lambda: moe_push.dispatch(
+                routing, hidden=options.hidden, item_bytes=item_bytes, quant=_quant(options), in_turn=in_turn
+            ),
+            "combine": lambda: moe_push.combine(routing, hidden=options.hidden, item_bytes=item_bytes, in_turn=in_turn),
+        }
+        return [make[name]() for name in (("dispatch", "combine") if op == "moe" else (op,))]
+    make = {
         "dispatch": lambda: moe.dispatch(routing, hidden=options.hidden, item_bytes=item_bytes, quant=_quant(options)),
         "combine": lambda: moe.combine(routing, hidden=options.hidden, item_bytes=item_bytes),
     }

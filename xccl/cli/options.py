@@ -151,7 +151,9 @@ def add_work_options(parser: argparse.ArgumentParser, iters_help: str = _ITERS_H
     moe("--experts", type=positive, metavar="N", help="in all (default: 256; a2e, e2a: one for each expert die)")
     moe("--topk", type=positive, metavar="N", default=default.topk, help="experts of a token (default: 8)")
     moe("--quant", choices=("int8", "none"), default=default.quant, help="of dispatched tokens (default: int8)")
-    moe("--protocol", choices=("pull",), default=default.protocol, help="of dispatch and combine")
+    moe(
+        "--protocol", choices=("pull", "push"), default=default.protocol, help="of dispatch and combine (default: pull)"
+    )
     moe("--routing", metavar="SPEC", default=default.routing, help="uniform, zipf[:S], hot[:K], skew or file:PATH")
 
     add_deployment_options(parser)

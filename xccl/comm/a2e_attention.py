@@ -10,9 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EventMismatch, UsageError
-from ..kernels import a2e as kernels
-from ..kernels import fields as field_kernels
-from ..kernels import moe as moe_kernels
+from ..kernels import a2e as kernels, fields as field_kernels, moe as moe_kernels
 from ..layout import moe as moe_layout
 from ..layout.moe import EXF_COUNT, EXF_EVENT, EXF_PULLED, STATE
 from . import traced_a2e
@@ -22,7 +20,7 @@ from .deployment import Deployment
 from .dispatched import Routing
 from .fields import FieldWaiter, Peers
 from .managed import Part, Reservation
-from .moe_input import bad_choice, check_tokens, check_weights
+from .moe_input import bad_choice, check_choices, check_weights, check_x
 from .steps import Steps
 
 #: Where outputs land before they are summed: top_k times what remains of them, needed for a moment, and shared by all
@@ -76,7 +74,8 @@ class AttentionDie:
         self._rows = Part(core, block + area.rows, shape.max_tokens * shape.slots * shape.row_bytes)
         self._outputs = block + (area.returns if self._served_by is None else area.handed)
         self._firsts = int(core.fabric.segments[core.rank]) + block + area.firsts
-        self._scratch = np.zeros(max(shape.num_experts, 2 * shape.slots), np.int64)
+        words = moe_layout.scratch_words(experts=shape.num_experts, ranks=len(shape.experts), top_k=shape.slots)
+        self._scratch = np.zeros(words, np.int64)
         # For the kernels of dispatch this die is the only one with a segment, and its experts lie on the expert dies.
         self._segment = core.fabric.segments[core.rank : core.rank + 1].copy()
         self._state = np.zeros(STATE.size_bytes // 8, np.int64)
@@ -103,10 +102,11 @@ class AttentionDie:
     def send(self, x: npt.NDArray[Any], topk_idx: npt.NDArray[Any], steps: Steps, owner: object) -> A2EHandle:
         """A2E; see `xccl.Disaggregated.a2e`."""
         shape = self._shape
-        x, idx = check_tokens(
-            x, topk_idx, dtype=shape.dtype, hidden=shape.hidden, top_k=shape.top_k, max_tokens=shape.max_tokens,
-            num_experts=shape.routed, row_bytes=shape.row_bytes,
+        x = check_x(
+            x, dtype=shape.dtype, hidden=shape.hidden, top_k=shape.top_k, max_tokens=shape.max_tokens,
+            row_bytes=shape.row_bytes,
         )  # fmt: skip
+        idx = check_choices(topk_idx, tokens=len(x), top_k=shape.top_k, num_experts=shape.routed)
         routing, rows = self._route(idx)
         self._rows.grow(rows * shape.row_bytes)
         epoch = self._sent + 1
@@ -134,7 +134,9 @@ class AttentionDie:
             chosen = np.empty((tokens, shape.slots), np.int64)
             chosen[:, :-1] = idx
             chosen[:, -1] = shared_replicas(self._index, tokens, shape.routed, shape.shared)
-        routing = Routing(tokens, shape.slots, shape.num_experts, shape.local_experts, 0)
+        routing = Routing(
+            tokens, shape.slots, shape.num_experts, shape.local_experts, 0, destinations=len(shape.experts)
+        )
         rows = int(moe_kernels.route.call(self._address, routing.address, chosen.ctypes.data))
         if rows < 0:
             raise bad_choice(chosen, -1 - rows, shape.routed)

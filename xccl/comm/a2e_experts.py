@@ -10,9 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EventMismatch, FabricError, UsageError
-from ..kernels import a2e as kernels
-from ..kernels import fields as field_kernels
-from ..kernels import trampoline as trampoline_kernels
+from ..kernels import a2e as kernels, fields as field_kernels, trampoline as trampoline_kernels
 from ..layout import a2e as layout
 from ..layout.a2e import DIE
 from ..layout.moe import COUNT_BITS, EXF_COUNT, EXF_EVENT, EXF_PULLED, SOURCE_DTYPE

@@ -15,8 +15,7 @@ import threading
 import time
 
 from ..errors import FabricError
-from ..kernels import driver as kernels
-from ..kernels import wait
+from ..kernels import driver as kernels, wait
 
 #: The engine comes back from its kernel so often, so that it ends with the interpreter.
 _SLICE_NS = 500_000_000

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CapacityError, FabricError, UsageError
-from ..kernels import collectives as kernels
-from ..kernels import words
+from ..kernels import collectives as kernels, words
 from ..kernels.wait import MISMATCH, OK
 from ..layout import collectives as layout
 from ..layout.collectives import RECORD_BYTES, block_bytes

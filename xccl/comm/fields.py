@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..kernels import fields as kernels
-from ..kernels import words
+from ..kernels import fields as kernels, words
 from ..layout.a2e import PEER_BYTES, PEER_CONTROL, PEER_MINE, PEER_SEGMENT, PEER_THEIRS
 from .core import Core, Waiting
 

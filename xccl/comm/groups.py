@@ -30,8 +30,7 @@ import numpy.typing as npt
 
 from ..errors import CapacityError, PeerDied, UsageError, WaitTimeout
 from ..fabric import GroupFabric
-from ..kernels import groups as kernels
-from ..kernels import words
+from ..kernels import groups as kernels, words
 from ..layout import collectives as layout
 from ..layout.collectives import INVITATION_BYTES, block_bytes
 from ..layout.segment import PAGE_BYTES

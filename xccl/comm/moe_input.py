@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ..errors import CapacityError, UsageError
 from ..layout.dtypes import BF16, CODE_OF, FP16, FP32, NAME_OF
-from .buffers import readable
+from .buffers import address_of, readable, require_int, writable
 
 
 def require_float(dtype: npt.DTypeLike) -> tuple[np.dtype[Any], int]:
@@ -36,31 +36,21 @@ def require_choice(value: str, name: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-def check_tokens(
-    x: npt.NDArray[Any],
-    topk_idx: npt.NDArray[Any],
-    *,
-    dtype: np.dtype[Any],
-    hidden: int,
-    top_k: int,
-    max_tokens: int,
-    num_experts: int,
-    row_bytes: int,
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    """Tokens and their choices as C-contiguous arrays; whether the experts exist is for `kernels.moe.route` to find.
+def check_x(
+    x: npt.NDArray[Any], *, dtype: np.dtype[Any], hidden: int, top_k: int, max_tokens: int, row_bytes: int
+) -> npt.NDArray[Any]:
+    """Tokens as a C-contiguous array.
 
     Args:
         x: [tokens, hidden].
-        topk_idx: integers [tokens, top_k].
         dtype: that x must have.
         hidden: elements of a token.
         top_k: slots of a token.
         max_tokens: the most tokens at once.
-        num_experts: experts in all.
         row_bytes: of a row sent, to say how much memory would be needed.
 
     Raises:
-        UsageError: a dtype or shape is wrong.
+        UsageError: the dtype or the shape is wrong.
         CapacityError: more tokens than max_tokens.
     """
     x = readable(x, "x")
@@ -75,6 +65,21 @@ def check_tokens(
             needed_bytes=tokens * top_k * row_bytes, available_bytes=max_tokens * top_k * row_bytes,
             value=tokens, bound=max_tokens,
         )  # fmt: skip
+    return x
+
+
+def check_choices(topk_idx: npt.NDArray[Any], *, tokens: int, top_k: int, num_experts: int) -> npt.NDArray[np.int64]:
+    """Choices as a C-contiguous array; whether the experts exist is for `kernels.moe.route` to find.
+
+    Args:
+        topk_idx: integers [tokens, top_k].
+        tokens: how many there are.
+        top_k: slots of a token.
+        num_experts: experts in all.
+
+    Raises:
+        UsageError: the dtype or the shape is wrong.
+    """
     idx = readable(topk_idx, "topk_idx")
     if idx.dtype.kind not in "iu":
         raise UsageError(f"topk_idx must be integers, got {idx.dtype}", value=str(idx.dtype))
@@ -87,7 +92,23 @@ def check_tokens(
             f"topk_idx has {idx.max()}, allowed are -1 to {num_experts - 1}",
             value=int(idx.max()), bound=num_experts - 1,
         )  # fmt: skip
-    return x, idx.astype(np.int64, copy=False)
+    return idx.astype(np.int64, copy=False)
+
+
+def check_active(active: npt.NDArray[Any] | int, tokens: int) -> npt.NDArray[np.bool_]:
+    """Which tokens are active, bool [tokens], from such a mask or from how many of the first ones are.
+
+    Raises:
+        UsageError: it is neither, or there are not so many tokens.
+    """
+    if isinstance(active, np.ndarray):
+        if active.dtype != np.bool_ or active.shape != (tokens,):
+            raise UsageError(
+                f"active must be bool ({tokens},) or a number of tokens, got {active.dtype} {active.shape}",
+                value=active.shape, bound=tokens,
+            )  # fmt: skip
+        return active
+    return np.arange(tokens) < require_int(active, "active", 0, tokens)
 
 
 def bad_choice(topk_idx: npt.NDArray[np.int64], element: int, num_experts: int) -> UsageError:
@@ -111,6 +132,34 @@ def check_outputs(expert_out: npt.NDArray[Any], shape: tuple[int, int], dtype: n
     if out.shape != shape:
         raise UsageError(f"expert_out must have shape {shape}, got {out.shape}", value=out.shape, bound=shape)
     return out
+
+
+def check_output(out: npt.NDArray[Any], shape: tuple[int, int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Memory for a result.
+
+    Raises:
+        UsageError: the dtype or the shape is wrong, or it cannot be written into.
+    """
+    out = writable(out, "out")
+    if out.dtype != dtype or out.shape != shape:
+        raise UsageError(f"out must be {dtype} {shape}, got {out.dtype} {out.shape}", value=out.shape, bound=shape)
+    return out
+
+
+def check_shared(
+    shared_out: npt.NDArray[Any], shape: tuple[int, int], dtype: np.dtype[Any], y: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
+    """The output of a shared expert as a C-contiguous array that does not overlap `y`, unless it is `y` itself.
+
+    Raises:
+        UsageError: the dtype or the shape is wrong.
+    """
+    shared = readable(shared_out, "shared_out")
+    if shared.dtype != dtype or shared.shape != shape:
+        raise UsageError(
+            f"shared_out must be {dtype} {shape}, got {shared.dtype} {shared.shape}", value=shared.shape, bound=shape
+        )
+    return shared.copy() if np.may_share_memory(shared, y) and address_of(shared) != address_of(y) else shared
 
 
 def check_weights(topk_weights: npt.NDArray[Any], shape: tuple[int, int]) -> npt.NDArray[np.float32]:

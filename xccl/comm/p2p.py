@@ -17,10 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EventMismatch, FabricError, UsageError, XcclError
-from ..kernels import calls, wait
-from ..kernels import driver as kernels
-from ..layout import calls as calls_layout
-from ..layout import ring as layout
+from ..kernels import calls, driver as kernels, wait
+from ..layout import calls as calls_layout, ring as layout
 from ..layout.ring import KIND_COPY, KIND_RECEIVE, KIND_SEND, MAX_LANES
 from ..trace.record import Operation
 from . import traced

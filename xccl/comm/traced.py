@@ -8,30 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from ..layout import moe as moe_layout
 from ..layout import ring as layout
-from ..layout.moe import EXPERT_FIELD_BYTES
 from ..layout.ring import FIELD_BYTES
 from ..trace.entry import Entry
 from ..trace.record import Operation
-
-if TYPE_CHECKING:
-    from .dispatched import Routing
-    from .moe import ExpertParallel
 
 Ints = npt.NDArray[np.int64]
 
 _ANYBODY = -1
 _NO_LANE = -1
 _WORD_BYTES = 8
-_INT32_BYTES = 4
-_PLACE_BYTES = 2 * _INT32_BYTES
-_FLOAT32_BYTES = 4
 
 
 # -- one-sided --------------------------------------------------------------------------------------------------------
@@ -133,60 +123,6 @@ def _chunks(stage: str, op: Ints, peer: int, which: range, what: str = "chunks")
         mine = sizes[index % lanes == lane]
         if len(mine):
             yield Entry(stage, "transfer", what, peer, lane, len(mine), int(mine.sum()))
-
-
-# -- dispatch and combine ---------------------------------------------------------------------------------------------
-
-
-def dispatched(ep: ExpertParallel, routing: Routing, rank: int, ranks: int) -> list[Entry]:
-    """A dispatch, from its routing: what was written by expert, and what came from each rank for each expert."""
-    row_bytes, local = ep.hidden * ep.token_dtype.itemsize, ep.local_experts
-    got = routing.part(moe_layout.RT_GOT_COUNTS, ranks * local).reshape(ranks, local)
-    rows = int(routing.part(moe_layout.RT_SENT_FIRST, ep.num_experts + 1)[-1])
-    written = {"rows": (rows, rows * row_bytes), "places": (min(rows, 1), rows * _PLACE_BYTES)}
-    written["counts"] = (1, ep.num_experts * _INT32_BYTES)
-    found: list[Entry] = []
-    if ep.token_dtype != ep.dtype:
-        written["scales"] = (min(rows, 1), rows * _FLOAT32_BYTES)
-        row_of = routing.part(moe_layout.RT_ROW_OF, routing.tokens * ep.top_k).reshape(routing.tokens, ep.top_k)
-        tokens = int(np.count_nonzero((row_of >= 0).any(axis=1)))
-        read_bytes = tokens * ep.hidden * ep.dtype.itemsize
-        found += _if_any(Entry("write", "work", "quantise", rank, _NO_LANE, tokens, read_bytes))
-    for what, (units, n_bytes) in written.items():
-        found += _if_any(Entry("write", "transfer", what, rank, _NO_LANE, units, n_bytes))
-    for peer in range(ranks):
-        rows, runs = int(got[peer].sum()), int(np.count_nonzero(got[peer]))
-        pulled = {"rows": (rows, rows * row_bytes), "places": (runs, rows * _PLACE_BYTES)}
-        pulled["counts"] = (1, local * _INT32_BYTES)
-        if ep.token_dtype != ep.dtype:
-            pulled["scales"] = (runs, rows * _FLOAT32_BYTES)
-        for what, (units, n_bytes) in pulled.items():
-            found += _if_any(Entry("pull", "transfer", what, peer, _NO_LANE, units, n_bytes))
-    return found + _handshake(ranks)
-
-
-def combined(ep: ExpertParallel, routing: Routing, rank: int, ranks: int) -> list[Entry]:
-    """A combine, from the routing of its dispatch: what came is returned, and what was sent is pulled back."""
-    row_bytes, local = ep.hidden * ep.dtype.itemsize, ep.local_experts
-    returned = int(routing.part(moe_layout.RT_GOT_COUNTS, ranks * local).sum())
-    first = routing.part(moe_layout.RT_SENT_FIRST, ep.num_experts + 1)[::local]
-    found = _if_any(Entry("write", "transfer", "rows", rank, _NO_LANE, returned, returned * row_bytes))
-    for peer, rows in enumerate(np.diff(first).tolist()):
-        found += _if_any(Entry("pull", "transfer", "rows", peer, _NO_LANE, rows, rows * row_bytes))
-    summed = routing.tokens * row_bytes + int(first[-1]) * _FLOAT32_BYTES
-    found += _if_any(Entry("pull", "work", "reduce", rank, _NO_LANE, routing.tokens, summed))
-    return found + _handshake(ranks)
-
-
-def _handshake(ranks: int) -> list[Entry]:
-    """Fields and `pulled`, of and for every rank, the own one too."""
-    peers = range(ranks)
-    return [
-        *waits("await-pulled", "pulled", peers),
-        *signals("announce", "field", peers, EXPERT_FIELD_BYTES),
-        *waits("await-fields", "field", peers),
-        *signals("release", "pulled", peers),
-    ]
 
 
 def _if_any(entry: Entry) -> list[Entry]:

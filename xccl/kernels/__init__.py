@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from . import calls, collectives, driver, groups, moe, onesided, ring, wait, words
+from . import calls, collectives, driver, groups, moe, moe_pull, moe_push, onesided, ring, wait, words
 from ._jit import cache_dir, warm
 
-__all__ = ["cache_dir", "calls", "collectives", "driver", "groups", "moe", "onesided", "ring", "wait", "warm", "words"]
+__all__ = [
+    "cache_dir", "calls", "collectives", "driver", "groups", "moe", "moe_pull", "moe_push", "onesided", "ring", "wait",
+    "warm", "words",
+]  # fmt: skip

@@ -45,7 +45,8 @@ from ._jit import device, kernel
 from .atomics import load_f32, load_i32, load_i64, store_f32, store_i32, store_i64
 from .copy import copy_bytes, copy_bytes_auto
 from .fields import announce, count_of, tagged
-from .moe import ROW_MASK, write_rows
+from .moe import ROW_MASK
+from .moe_pull import write_rows
 from .reduce import weighted_sum_rows
 from .wait import OK
 
@@ -55,7 +56,7 @@ from .wait import OK
 @kernel("void(int64, int64, int64, int64)")
 def attention_write(state: int, routing: int, x: int, firsts: int) -> None:
     """A2E, write: the tokens' rows into the own managed area, and the table of the experts' first rows."""
-    write_rows(state, routing, x)
+    write_rows(state, routing, x, 1)
     sent_first = load_i64(routing + RT_SENT_FIRST)
     for e in range(load_i64(state + EP_EXPERTS) + 1):
         store_i32(firsts + 4 * e, load_i64(sent_first + 8 * e))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from .a2e import DIE, PEER
 from .calls import CALLS, SYMMETRIC
 from .collectives import COLLECTIVE_RECORD, COLLECTIVE_STATE, COMMUNICATOR_BLOCK, INVITATION, PLAN
-from .moe import EXPERT_FIELD, ROUTING, STATE
+from .moe import ENTRY, EXPERT_FIELD, ROUTING, STATE
+from .moe_push import PACKET, PACKET_ENTRY, PUSH, PUSH_FIELD, PUSH_STATUS, RETURN_PACKET
 from .record import Field, Record
 from .ring import ACK_FIELD, ANSWER, CHANNEL, COPY, DATA_FIELD, DRIVER, OPERATION, REFUSAL, SLOT, TRANSFER
 from .segment import AGREEMENT, CONTROL, HEADER
@@ -25,6 +26,12 @@ ALL_RECORDS: tuple[Record, ...] = (
     COMMUNICATOR_BLOCK,
     COLLECTIVE_RECORD,
     INVITATION,
+    ENTRY,
+    PUSH_FIELD,
+    PUSH_STATUS,
+    PACKET,
+    PACKET_ENTRY,
+    RETURN_PACKET,
     CHANNEL,
     OPERATION,
     COPY,
@@ -33,6 +40,7 @@ ALL_RECORDS: tuple[Record, ...] = (
     SYMMETRIC,
     STATE,
     ROUTING,
+    PUSH,
     PEER,
     DIE,
     COLLECTIVE_STATE,

@@ -3,20 +3,26 @@
 Own managed area of one ExpertParallel object, the same offsets at every rank:
 
     +--------------------------+ dispatch_counts
-    | counts                   |  int32 [experts]: rows for each expert, in global order
+    | counts                   |  int32 [experts]: entries for each expert, in global order; then, if rows are
+    |                          |  deduplicated, int32 [ranks]: the first entry for each rank
     +--------------------------+ dispatch_places
-    | places                   |  int32 [rows][2]: token and slot of each row
+    | places                   |  int32 [entries][2]: token and slot of each row; if rows are deduplicated, `ENTRY`
     +--------------------------+ dispatch_scales
     | scales                   |  float32 [rows], INT8 only
     +--------------------------+ dispatch_rows
-    | rows                     |  [max_tokens * top_k][row bytes], by expert, then token, then slot
+    | rows                     |  [max_tokens * top_k][row bytes], by expert, then token, then slot; if they are
+    |                          |  deduplicated by rank, then token
     +--------------------------+ combine_rows
     | returned rows            |  [ranks * max_tokens * top_k][hidden * item size], by origin, then as the origin sent
-    them +--------------------------+
+    |                          |  them
+    +--------------------------+
+
+An entry is one (token, slot) with an expert. Rows are expanded, one for each entry, or deduplicated, one for each token
+and rank that has any of its experts.
 
 The experts of a rank are neighbours, so the block for a destination is a run of rows, and `first_row` in the field says
 where it starts: blocks are packed instead of having a fixed place for the worst case, which takes 1/ranks of the
-memory.
+memory. Ranks hold equal runs of experts, but for the first `experts % ranks` of them, which have one more.
 """
 
 from __future__ import annotations
@@ -51,27 +57,31 @@ EP_CONTROL = STATE.add("control", 8, "address of the own control area")
 EP_SEGMENTS = STATE.add("segments", 8, "address of [ranks] int64: the segments of all ranks")
 EP_RANK = STATE.add("rank", 8, "own rank")
 EP_RANKS = STATE.add("ranks", 8, "number of ranks")
-EP_EXPERTS = STATE.add("experts", 8, "number of experts, a multiple of ranks")
+EP_EXPERTS = STATE.add("experts", 8, "number of experts")
 EP_HIDDEN = STATE.add("hidden", 8, "elements of a token")
 EP_TOP_K = STATE.add("top_k", 8, "slots of a token")
 EP_DTYPE = STATE.add("dtype", 8, "code of the element type")
 EP_QUANT = STATE.add("quant", 8, "1 if rows are dispatched as INT8 with a scale, else 0")
 EP_ROW_BYTES = STATE.add("row_bytes", 8, "bytes of a dispatched row")
 EP_RETURN_BYTES = STATE.add("return_bytes", 8, "bytes of a returned row")
-EP_DISPATCH_FIELDS = STATE.add("dispatch_fields", 8, "offset of [ranks] fields in every segment")
-EP_COMBINE_FIELDS = STATE.add("combine_fields", 8, "offset of [ranks] fields in every segment")
 EP_COUNTS = STATE.add("dispatch_counts", 8, "offset in every segment")
 EP_PLACES = STATE.add("dispatch_places", 8, "offset in every segment")
 EP_SCALES = STATE.add("dispatch_scales", 8, "offset in every segment")
 EP_ROWS = STATE.add("dispatch_rows", 8, "offset in every segment")
 EP_RETURNS = STATE.add("combine_rows", 8, "offset in every segment")
-EP_DISPATCHES = STATE.add("dispatches", 8, "epoch of the last dispatch")
-EP_COMBINES = STATE.add("combines", 8, "epoch of the last combine")
-EP_CURSOR = STATE.add("cursor", 8, "index of the first peer that a wait has not seen")
-EP_SCRATCH = STATE.add("scratch", 8, "address of int64 [max(experts, 2 * top_k)]")
+EP_SCRATCH = STATE.add("scratch", 8, "address of int64 [scratch_words]")
 
 #: One row of `Dispatched.source`: the token's rank, its number there, and the slot that chose the expert.
 SOURCE_DTYPE: Final = np.dtype([("rank", np.int32), ("token", np.int32), ("slot", np.int32)])
+#: One entry of `Dispatched.index`: the row that its expert is to work on, the local expert, and the token's slot.
+INDEX_DTYPE: Final = np.dtype([("row", np.int32), ("expert", np.int32), ("slot", np.int32)])
+
+ENTRY = Record("entry", "One (token, slot) with an expert, in the pull protocol with deduplicated rows.")
+EN_TOKEN = ENTRY.add("token", 4, "number of the token at its rank", align=4)
+EN_SLOT = ENTRY.add("slot", 4, "which of its choices this is", align=4)
+EN_ROW = ENTRY.add("row", 4, "its row in the block for the expert's rank", align=4)
+EN_WEIGHT = ENTRY.add("weight", 4, "float32, its gate weight", align=4)
+ENTRY_BYTES = ENTRY.size_bytes
 
 ROUTING = Record(
     "routing",
@@ -79,10 +89,33 @@ ROUTING = Record(
 )
 RT_EPOCH = ROUTING.add("epoch", 8, "of the dispatch")
 RT_TOKENS = ROUTING.add("tokens", 8, "tokens that this rank dispatched")
-RT_ROW_OF = ROUTING.add("row_of", 8, "[tokens * top_k]: row of a token's slot, or -1")
-RT_SENT_FIRST = ROUTING.add("sent_first", 8, "[experts + 1]: first row of each expert among the rows sent")
-RT_GOT_COUNTS = ROUTING.add("got_counts", 8, "[ranks * local experts]: rows from each source for each local expert")
-RT_GOT_FIRST = ROUTING.add("got_first", 8, "[ranks * local experts]: where they start in the output")
+RT_ROW_OF = ROUTING.add(
+    "row_of",
+    8,
+    "[tokens * top_k]: rank << 40 | row of a token's slot; -1 for none, -2 minus that if an earlier slot has the row",
+)
+RT_SENT_FIRST = ROUTING.add("sent_first", 8, "[experts + 1]: first entry of each expert among those sent")
+RT_GOT_COUNTS = ROUTING.add("got_counts", 8, "[ranks * groups]: rows of each run that comes from each source")
+RT_GOT_FIRST = ROUTING.add("got_first", 8, "[ranks * groups]: where they start in the output")
+RT_ROOT = ROUTING.add("root", 8, "epoch of the dispatch that made this routing; its own unless it repeats one")
+RT_SENT_ROWS = ROUTING.add("sent_rows", 8, "[ranks + 1]: first row for each rank among those sent")
+RT_GROUPS = ROUTING.add("groups", 8, "runs of rows of a source: its local experts, or 1 if rows are deduplicated")
+RT_ENTRY_COUNTS = ROUTING.add("entry_counts", 8, "[ranks * local experts]: entries from each source for each expert")
+RT_ENTRY_FIRST = ROUTING.add("entry_first", 8, "[ranks * local experts]: where they start in the output")
+RT_ROWS = ROUTING.add("rows", 8, "rows that have come")
+RT_ENTRIES = ROUTING.add("entries", 8, "entries that have come; as many as rows if those are expanded")
+RT_PLACES = ROUTING.add("places", 8, "[rows]: token << 32 | slot of each row that has come; push only")
+
+
+def first_expert(rank: int, experts: int, ranks: int) -> int:
+    """The first expert of a rank: the first `experts % ranks` ranks hold one more than the others."""
+    each, more = divmod(experts, ranks)
+    return rank * each + min(rank, more)
+
+
+def scratch_words(*, experts: int, ranks: int, top_k: int) -> int:
+    """Words of scratch memory: a cursor for each expert and two words for each rank, or a sum's rows and weights."""
+    return max(experts + 2 * ranks, 2 * (top_k + 1))
 
 
 @dataclass(frozen=True)
@@ -98,16 +131,21 @@ class ExpertBlocks:
 
 
 def expert_blocks(
-    *, ranks: int, experts: int, max_tokens: int, top_k: int, row_bytes: int, return_bytes: int
+    *, ranks: int, experts: int, max_tokens: int, top_k: int, row_bytes: int, return_bytes: int, dedup: bool = False
 ) -> ExpertBlocks:
     """Where the parts of the managed block lie, sized for the worst case.
 
-    A rank sends at most max_tokens * top_k rows, and gets at most that many from each rank.
+    A rank sends at most max_tokens * top_k rows, and gets at most that many from each rank; deduplicated, a row for
+    each token and rank.
     """
-    rows = max_tokens * top_k
+    entries = max_tokens * top_k
+    rows = max_tokens * min(top_k, ranks) if dedup else entries
+    returned = ranks * (max_tokens if dedup else entries)
+    counts_bytes = 4 * (experts + (ranks if dedup else 0))
+    places_bytes = entries * (ENTRY_BYTES if dedup else 8)
     at = 0
     offsets: list[int] = []
-    for part_bytes in (4 * experts, 8 * rows, 4 * rows, rows * row_bytes, ranks * rows * return_bytes):
+    for part_bytes in (counts_bytes, places_bytes, 4 * rows, rows * row_bytes, returned * return_bytes):
         offsets.append(at)
         at = align_up(at + part_bytes, HOT_LINE_BYTES)
     counts, places, scales, first_row, returns = offsets

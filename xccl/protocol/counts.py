@@ -1,7 +1,8 @@
 """The counts of a routing: how many rows go from each rank to each expert. All that a description needs to know of it.
 
-A row is one (token, slot) with an expert: a token with eight experts makes eight rows. Experts are dealt to the ranks
-that hold them in equal runs: expert e is at destination e // local_experts.
+A row is one (token, slot) with an expert: a token with eight experts makes eight rows. Deduplicated, a token makes one
+row for each rank that has any of them. Experts are dealt to the ranks that hold them in runs, all equal but for the
+first `experts % destinations`, which have one more.
 """
 
 from __future__ import annotations
@@ -31,12 +32,15 @@ class RoutingCounts:
         sending: [sources] those of them that have at least one expert.
         counts: [sources, experts] rows.
         destinations: ranks that hold experts.
+        deduplicated: [sources, destinations] tokens of each source that have any expert at each destination; None if
+            that is not known.
     """
 
     tokens: Ints
     sending: Ints
     counts: Ints
     destinations: int
+    deduplicated: Ints | None = None
 
     def __post_init__(self) -> None:
         """Check that the columns fit.
@@ -50,12 +54,8 @@ class RoutingCounts:
                 f"{self.counts.shape}, not [sources], [sources] and [sources, experts]",
                 value=self.counts.shape,
             )
-        if self.destinations < 1 or self.experts % self.destinations:
-            raise UsageError(
-                f"{self.experts} experts cannot be divided among {self.destinations} ranks",
-                value=self.experts,
-                bound=self.destinations,
-            )
+        if self.destinations < 1:
+            raise UsageError(f"experts are at {self.destinations} ranks", value=self.destinations, bound=1)
         if (self.counts < 0).any() or (self.sending > np.minimum(self.tokens, self.sent)).any():
             raise UsageError("counts must not be negative, and a token that is sent has at least one row")
 
@@ -71,9 +71,12 @@ class RoutingCounts:
             destinations: ranks that hold them; as many as there are sources if None.
 
         Raises:
-            UsageError: an expert is out of range, or the ranks do not divide the experts.
+            UsageError: an expert is out of range.
         """
         n = len(topk_idxs)
+        destinations = n if destinations is None else destinations
+        owner = np.repeat(np.arange(destinations), _dealt_runs(experts, destinations))
+        deduplicated = np.zeros((n, destinations), np.int64)
         tokens = ints([len(idx) for idx in topk_idxs])
         counts = np.zeros((n, experts), np.int64)
         sending = np.zeros(n, np.int64)
@@ -87,7 +90,9 @@ class RoutingCounts:
             chosen = idx >= 0
             counts[source] = np.bincount(idx[chosen], minlength=experts)
             sending[source] = np.count_nonzero(chosen.any(axis=1))
-        return cls(tokens, sending, counts, n if destinations is None else destinations)
+            pairs = np.flatnonzero(chosen) // idx.shape[1] * destinations + owner[idx[chosen]]
+            deduplicated[source] = np.bincount(np.unique(pairs) % destinations, minlength=destinations)
+        return cls(tokens, sending, counts, destinations, deduplicated)
 
     @classmethod
     def from_counts(
@@ -147,8 +152,23 @@ class RoutingCounts:
 
     @property
     def local_experts(self) -> int:
-        """Experts of each destination."""
+        """Experts of each destination.
+
+        Raises:
+            UsageError: not all of them have as many.
+        """
+        if self.experts % self.destinations:
+            raise UsageError(
+                f"{self.experts} experts cannot be divided among {self.destinations} ranks",
+                value=self.experts,
+                bound=self.destinations,
+            )
         return self.experts // self.destinations
+
+    @cached_property
+    def local(self) -> Ints:
+        """[destinations] experts of each destination."""
+        return _dealt_runs(self.experts, self.destinations)
 
     @cached_property
     def rows(self) -> Ints:
@@ -171,8 +191,16 @@ class RoutingCounts:
         return np.asarray(self.rows.sum(axis=0), np.int64)
 
     def _by_destination(self, columns: npt.NDArray[Any]) -> Ints:
-        blocks = columns.reshape(self.sources, self.destinations, self.local_experts)
-        return np.asarray(blocks.sum(axis=2, dtype=np.int64), np.int64)
+        until = np.zeros((self.sources, self.experts + 1), np.int64)
+        np.cumsum(columns, axis=1, out=until[:, 1:])
+        ends = np.cumsum(self.local)
+        return np.asarray(until[:, ends] - until[:, ends - self.local], np.int64)
+
+
+def _dealt_runs(experts: int, destinations: int) -> Ints:
+    """[destinations] how many of the experts each gets."""
+    each, more = divmod(experts, destinations)
+    return each + (np.arange(destinations) < more).astype(np.int64)
 
 
 def _dealt(rows: Ints, experts: int) -> Ints:

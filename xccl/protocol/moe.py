@@ -13,6 +13,9 @@ Rules
     pull: the rows from every peer's area. Dispatch pulls the peer's counts, scales and places (token and slot) with
           them; combine sums the rows of a token on the way, in the order of its slots, in float32.
     release: the word "pulled" at every peer.
+- Deduplicated rows are one for each token and rank that has any of its experts. They come with an entry for each
+  (token, slot) instead of places, and with the rank's first entry beside the counts.
+- A dispatch that repeats another one (cached) moves neither counts nor places: both sides know them.
 
 Units. A unit of "rows" is a row: a token passes a core's unified buffer as a whole. Scales and places lie side by side:
 in "write" they are one unit, in "pull" one for each run of rows with the same source and expert. Quantising writes its
@@ -28,12 +31,13 @@ from typing import Literal
 import numpy as np
 
 from ..errors import UsageError
-from ..layout.moe import EXPERT_FIELD_BYTES
+from ..layout.moe import ENTRY_BYTES, EXPERT_FIELD_BYTES
 from ..layout.ring import MAX_LANES
 from .counts import RoutingCounts
 from .stage import Description, Ints, Signals, Stage, Transfers, Waits, Work, all_pairs
 
 Quant = Literal["int8", "none"]
+Rows = Literal["expanded", "dedup"]
 
 SCALE_BYTES = 4
 #: Token and slot of a row, int32 each.
@@ -44,7 +48,14 @@ PULLED_BYTES = 8
 
 
 def dispatch(
-    routing: RoutingCounts, *, hidden: int, item_bytes: int = 2, quant: Quant = "int8", lanes: int = MAX_LANES
+    routing: RoutingCounts,
+    *,
+    hidden: int,
+    item_bytes: int = 2,
+    quant: Quant = "int8",
+    lanes: int = MAX_LANES,
+    rows: Rows = "expanded",
+    cached: bool = False,
 ) -> Description:
     """Each token to the ranks of its experts.
 
@@ -54,28 +65,31 @@ def dispatch(
         item_bytes: of an element before quantisation.
         quant: "int8", with a float32 scale a token, or "none".
         lanes: of each rank.
+        rows: "expanded", or "dedup" for one row for each token and rank.
+        cached: the routing is that of an earlier dispatch.
     """
     ranks = require_square(routing)
     row_bytes = hidden if quant == "int8" else hidden * item_bytes
     every = np.arange(ranks, dtype=np.int64)
     source, destination = all_pairs(ranks)
-    rows, runs = routing.rows.ravel(), routing.runs.ravel()
-    sent, ones = routing.sent, np.ones_like(every)
-    written = [
-        replace(_local(every, sent, sent * row_bytes, "rows"), is_repeated=True),
-        _local(every, np.minimum(sent, 1), sent * PLACE_BYTES, "places"),
-        _local(every, ones, ones * COUNT_BYTES * routing.experts, "counts"),
-    ]
-    local_counts = np.full_like(rows, COUNT_BYTES * routing.local_experts)
-    pulled = [
-        Transfers(source, destination, np.ones_like(rows), local_counts, "destination", "counts"),
-        Transfers(source, destination, rows, rows * row_bytes, "destination", "rows"),
-        Transfers(source, destination, runs, rows * PLACE_BYTES, "destination", "places"),
-    ]
+    moved = rows_between(routing, rows)
+    n, entries = moved.ravel(), routing.rows.ravel()
+    sent, ones = np.asarray(moved.sum(axis=1), np.int64), np.ones_like(every)
+    runs = np.minimum(n, 1) if rows == "dedup" else routing.runs.ravel()
+    written = [replace(_local(every, sent, sent * row_bytes, "rows"), is_repeated=True)]
+    pulled = [Transfers(source, destination, n, n * row_bytes, "destination", "rows")]
+    if not cached:
+        first_bytes = COUNT_BYTES if rows == "dedup" else 0
+        written.append(_local(every, ones, ones * (COUNT_BYTES * routing.experts + first_bytes * ranks), "counts"))
+        local_bytes = np.tile(COUNT_BYTES * routing.local + first_bytes, ranks)
+        pulled.append(Transfers(source, destination, np.ones_like(n), local_bytes, "destination", "counts"))
+        what, place_bytes = ("entries", ENTRY_BYTES) if rows == "dedup" else ("places", PLACE_BYTES)
+        written.append(_local(every, np.minimum(sent, 1), routing.sent * place_bytes, what))
+        pulled.append(Transfers(source, destination, runs, entries * place_bytes, "destination", what))
     work: tuple[Work, ...] = ()
     if quant == "int8":
         written.append(_local(every, np.minimum(sent, 1), sent * SCALE_BYTES, "scales"))
-        pulled.append(Transfers(source, destination, runs, rows * SCALE_BYTES, "destination", "scales"))
+        pulled.append(Transfers(source, destination, runs, n * SCALE_BYTES, "destination", "scales"))
         tokens = routing.sending
         work = (Work(every, "quantise", tokens, tokens * hidden * item_bytes, tokens * hidden),)
     stages = _stages(
@@ -83,12 +97,20 @@ def dispatch(
         Stage("write", transfers=tuple(written), work=work, lane_barrier=True),
         Stage("pull", transfers=tuple(pulled)),
     )
-    away = sent - np.diagonal(routing.rows)
+    away = sent - np.diagonal(moved)
     payload = away * (row_bytes + (SCALE_BYTES if quant == "int8" else 0))
     return Description("dispatch", "pull", ranks, stages, lanes, payload)
 
 
-def combine(routing: RoutingCounts, *, hidden: int, item_bytes: int = 2, lanes: int = MAX_LANES) -> Description:
+def combine(
+    routing: RoutingCounts,
+    *,
+    hidden: int,
+    item_bytes: int = 2,
+    lanes: int = MAX_LANES,
+    rows: Rows = "expanded",
+    shared_expert: bool = False,
+) -> Description:
     """The outputs of each token's experts back to it, and their weighted sum.
 
     Args:
@@ -96,21 +118,44 @@ def combine(routing: RoutingCounts, *, hidden: int, item_bytes: int = 2, lanes: 
         hidden: elements of a token.
         item_bytes: of an element.
         lanes: of each rank.
+        rows: those of the dispatch; deduplicated ones are weighted already.
+        shared_expert: each rank adds the output of a shared expert of its own, which no link carries.
     """
     ranks = require_square(routing)
     row_bytes = hidden * item_bytes
     every = np.arange(ranks, dtype=np.int64)
     origin, expert = all_pairs(ranks)
-    rows, received = routing.rows.ravel(), routing.received
+    moved = rows_between(routing, rows)
+    n = moved.ravel()
+    sent, received = (np.asarray(moved.sum(axis=axis), np.int64) for axis in (1, 0))
     written = _local(every, received, received * row_bytes, "rows")
-    pulled = Transfers(expert, origin, rows, rows * row_bytes, "destination", "rows", is_stored=False)
-    summed = routing.tokens * row_bytes + routing.sent * WEIGHT_BYTES
-    work = Work(every, "reduce", routing.tokens, summed, routing.sent * hidden)
+    pulled = Transfers(expert, origin, n, n * row_bytes, "destination", "rows", is_stored=False)
+    added = routing.tokens if shared_expert else 0 * routing.tokens
+    summed = (routing.tokens + added) * row_bytes + weights_bytes(sent, rows)
+    work = Work(every, "reduce", routing.tokens, summed, (sent + added) * hidden)
     stages = _stages(
         ranks, Stage("write", transfers=(written,), lane_barrier=True), Stage("pull", transfers=(pulled,), work=(work,))
     )
-    payload = (received - np.diagonal(routing.rows)) * row_bytes
+    payload = (received - np.diagonal(moved)) * row_bytes
     return Description("combine", "pull", ranks, stages, lanes, payload)
+
+
+def rows_between(routing: RoutingCounts, rows: Rows) -> Ints:
+    """[sources, destinations] rows that go from rank to rank.
+
+    Raises:
+        UsageError: they are deduplicated, and the routing does not say how many that makes.
+    """
+    if rows == "expanded":
+        return routing.rows
+    if routing.deduplicated is None:
+        raise UsageError("deduplicated rows follow from the choices of tokens, not from counts", value=rows)
+    return routing.deduplicated
+
+
+def weights_bytes(summed: Ints, rows: Rows) -> Ints:
+    """Bytes of the weights of so many rows; deduplicated ones have none any more."""
+    return summed * (0 if rows == "dedup" else WEIGHT_BYTES)
 
 
 def require_square(routing: RoutingCounts) -> int:

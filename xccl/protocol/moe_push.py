@@ -18,13 +18,18 @@ Rules
           that "all are complete" is close.
     reduce: it gathers the rows of each token, scales and sums them, and adds the output of a shared
           expert on this rank.
+- An operation that is not the next one of an alternation of dispatch and combine begins with a round:
+    release: each rank tells every peer that it has read all that it got so far;
+    await-taken: and waits for the same of all (see `xccl.comm.moe_push`).
+- Deduplicated rows are one for each token and rank that has any of its experts; their packets name the experts. A
+  dispatch that repeats another one (cached) sends no counts, and assembles rows only.
 - Dispatch and combine have buffers of their own: a fast rank's combine must not overwrite what a slow one still reads.
 
 Each rank is a peer of itself too. Two rows of one token for experts of one rank are two messages.
 
 Sizes. The text gives 7.5 KB a dispatched row at hidden 7168 (7168 B of INT8, and 512 B for the aligned scale) and 14 KB
 a combined one. Latency times bandwidth in CM384 Table 6 is 8.02 to 8.05 kB and 14.97 to 15.10 kB a row at EP8, 32 and
-256. The surplus is taken for header and alignment.
+256. The surplus is taken for header and alignment (`xccl.layout.moe_push`): 8,000 and 15,104 B.
 """
 
 from __future__ import annotations
@@ -33,20 +38,16 @@ from typing import Final, Literal, NamedTuple
 
 import numpy as np
 
+from ..layout.moe_push import PACKET_ENTRY_BYTES, SCALE_BLOCK_BYTES, packet_bytes, return_packet_bytes
 from ..layout.record import align_up
 from ..layout.ring import FIELD_BYTES, MAX_LANES
 from .counts import RoutingCounts
-from .moe import COUNT_BYTES, PLACE_BYTES, SCALE_BYTES, WEIGHT_BYTES, Quant, require_square
+from .moe import COUNT_BYTES, PLACE_BYTES, SCALE_BYTES, Quant, Rows, require_square, rows_between, weights_bytes
 from .stage import Description, Signals, Stage, Transfers, Waits, Work, all_pairs
 
-#: A scale, aligned: the smallest write that UB makes whole (CM384 §4.2.1).
-SCALE_BLOCK_BYTES: Final = 512
-#: What makes a dispatched row of 7168 elements 8.0 kB (CM384 Table 6).
-DISPATCH_HEADER_BYTES: Final = 8_000 - (7168 + SCALE_BLOCK_BYTES)
-#: What makes a combined row of 7168 elements 15.1 kB (CM384 Table 6).
-COMBINE_HEADER_BYTES: Final = 15_100 - 2 * 7168
-#: A flag of a token that counts its rows: one 32-bit word.
-FLAG_BYTES: Final = 4
+#: A flag of a token that counts its rows: one 64-bit word.
+FLAG_BYTES: Final = 8
+TAKEN_BYTES: Final = 8
 
 
 class BufferSize(NamedTuple):
@@ -99,9 +100,12 @@ def dispatch(
     item_bytes: int = 2,
     quant: Quant = "int8",
     lanes: int = MAX_LANES,
-    header_bytes: int = DISPATCH_HEADER_BYTES,
+    header_bytes: int | None = None,
     scale_bytes: int = SCALE_BLOCK_BYTES,
     flags_per: Literal["peer", "expert"] = "peer",
+    rows: Rows = "expanded",
+    cached: bool = False,
+    in_turn: bool = True,
 ) -> Description:
     """Each token to the ranks of its experts.
 
@@ -111,50 +115,61 @@ def dispatch(
         item_bytes: of an element before quantisation.
         quant: "int8", with a float32 scale a token, or "none".
         lanes: of each rank.
-        header_bytes: of a row, with what aligns it.
+        header_bytes: of a row, with what aligns it; those of CANN, and up to the next cache line, if None.
         scale_bytes: of a quantised row's scale, or scales, aligned.
         flags_per: "peer": a block of counts and a flag to each peer, as the paper's text has it. "expert": one field
             for each expert, with its count and a flag.
+        rows: "expanded", or "dedup" for one row for each token and rank.
+        cached: the routing is that of an earlier dispatch.
+        in_turn: the last dispatch was combined, or there was none.
     """
     ranks = require_square(routing)
-    packet_bytes = header_bytes + (hidden + scale_bytes if quant == "int8" else hidden * item_bytes)
+    message = hidden + scale_bytes if quant == "int8" else hidden * item_bytes
+    packet = packet_bytes(message) if header_bytes is None else header_bytes + message
     row_bytes = hidden if quant == "int8" else hidden * item_bytes
     every = np.arange(ranks, dtype=np.int64)
     source, destination = all_pairs(ranks)
-    rows, ones = routing.rows.ravel(), np.ones_like(source)
-    send = Transfers(source, destination, rows, rows * packet_bytes, "source", "packets")
-    received, each = routing.received, np.ones_like(every)
-    assembled = [
-        Transfers(every, every, received, received * row_bytes, "destination", "rows", has_header=True),
-        Transfers(every, every, np.minimum(received, 1), received * PLACE_BYTES, "destination", "places"),
-        Transfers(every, every, each, each * COUNT_BYTES * routing.local_experts, "destination", "counts"),
-    ]
+    moved, ones = rows_between(routing, rows), np.ones_like(source)
+    n = moved.ravel()
+    send = Transfers(source, destination, n, n * packet, "source", "packets")
+    sent, received = (np.asarray(moved.sum(axis=axis), np.int64) for axis in (1, 0))
+    each, some, entries = np.ones_like(every), np.minimum(received, 1), routing.received
+    assembled = [Transfers(every, every, received, received * row_bytes, "destination", "rows", has_header=True)]
+    if not cached:
+        assembled += [
+            Transfers(every, every, some, received * PLACE_BYTES, "destination", "places"),
+            Transfers(every, every, each, COUNT_BYTES * routing.local, "destination", "counts"),
+        ]
+        if rows == "dedup":
+            assembled.append(Transfers(every, every, some, entries * PACKET_ENTRY_BYTES, "destination", "entries"))
     work: tuple[Work, ...] = ()
     if quant == "int8":
         tokens = routing.sending
         work = (Work(every, "quantise", tokens, tokens * hidden * item_bytes, tokens * hidden),)
         scales = received * SCALE_BYTES
-        assembled.append(Transfers(every, every, np.minimum(received, 1), scales, "destination", "scales"))
+        assembled.append(Transfers(every, every, some, scales, "destination", "scales"))
     signals: tuple[Signals, ...]
     if flags_per == "peer":
-        counts_bytes = align_up(COUNT_BYTES * routing.local_experts, FIELD_BYTES)
+        # Those of every peer have the size of the largest.
+        counts_bytes = align_up(COUNT_BYTES * int(routing.local.max()), FIELD_BYTES)
         signals = (
-            Signals(source, destination, ones, counts_bytes, "counts"),
+            Signals(source, destination, 0 * ones if cached else ones, counts_bytes, "counts"),
             Signals(source, destination, ones, FIELD_BYTES, "flag"),
         )
         flags = ones
     else:
-        flags = ones * routing.local_experts
+        flags = np.tile(routing.local, ranks)
         signals = (Signals(source, destination, flags, FIELD_BYTES, "flag"),)
-    scanned = each * ranks * routing.local_experts
-    offsets = Work(every, "scan", each, scanned * COUNT_BYTES, scanned)
+    scanned = 0 * each if cached else ranks * routing.local
+    offsets = Work(every, "scan", 0 * each if cached else each, scanned * COUNT_BYTES, scanned)
     stages = (
+        *_meeting(ranks, in_turn),
         Stage("send", transfers=(send,), work=work, lane_barrier=True),
         Stage("notify", signals=signals),
         Stage("await-flags", (Waits(destination, source, flags, "flag"),)),
         Stage("assemble", transfers=tuple(assembled), work=(offsets,)),
     )
-    away = routing.sent - np.diagonal(routing.rows)
+    away = sent - np.diagonal(moved)
     payload = away * (row_bytes + (SCALE_BYTES if quant == "int8" else 0))
     return Description("dispatch", "push", ranks, stages, lanes, payload)
 
@@ -165,8 +180,10 @@ def combine(
     hidden: int,
     item_bytes: int = 2,
     lanes: int = MAX_LANES,
-    header_bytes: int = COMBINE_HEADER_BYTES,
+    header_bytes: int | None = None,
+    rows: Rows = "expanded",
     shared_expert: bool = False,
+    in_turn: bool = True,
 ) -> Description:
     """The outputs of each token's experts back to it, and their weighted sum.
 
@@ -175,23 +192,41 @@ def combine(
         hidden: elements of a token.
         item_bytes: of an element.
         lanes: of each rank.
-        header_bytes: of a row, with what aligns it.
+        header_bytes: of a row, with what aligns it; those of CANN, and up to the next cache line, if None.
+        rows: those of the dispatch; deduplicated ones are weighted already.
         shared_expert: each rank adds the output of a shared expert of its own, which no link carries.
+        in_turn: there was a dispatch since the last combine, or no combine yet.
     """
     ranks = require_square(routing)
     row_bytes = hidden * item_bytes
     every = np.arange(ranks, dtype=np.int64)
     origin, expert = all_pairs(ranks)
-    rows = routing.rows.ravel()
-    send = Transfers(expert, origin, rows, rows * (row_bytes + header_bytes), "source", "packets")
-    flag = Signals(expert, origin, rows, FLAG_BYTES, "flag", atomic=True)
-    added = routing.sent + (routing.tokens if shared_expert else 0)
-    gathered = (added + routing.tokens) * row_bytes + routing.sent * WEIGHT_BYTES
+    packet = return_packet_bytes(row_bytes) if header_bytes is None else header_bytes + row_bytes
+    moved = rows_between(routing, rows)
+    n = moved.ravel()
+    sent, received = (np.asarray(moved.sum(axis=axis), np.int64) for axis in (1, 0))
+    send = Transfers(expert, origin, n, n * packet, "source", "packets")
+    flag = Signals(expert, origin, n, FLAG_BYTES, "flag", atomic=True)
+    added = sent + (routing.tokens if shared_expert else 0)
+    gathered = (added + routing.tokens) * row_bytes + weights_bytes(sent, rows)
     stages = (
+        *_meeting(ranks, in_turn),
         Stage("send", transfers=(send,)),
         Stage("flag", signals=(flag,), streamed=True),
-        Stage("await-flags", (Waits(origin, expert, rows, "flag"),)),
+        Stage("await-flags", (Waits(origin, expert, n, "flag"),)),
         Stage("reduce", work=(Work(every, "reduce", routing.tokens, gathered, added * hidden),)),
     )
-    payload = (routing.received - np.diagonal(routing.rows)) * row_bytes
+    payload = (received - np.diagonal(moved)) * row_bytes
     return Description("combine", "push", ranks, stages, lanes, payload)
+
+
+def _meeting(ranks: int, in_turn: bool) -> tuple[Stage, ...]:
+    """The round before an operation that comes out of turn."""
+    if in_turn:
+        return ()
+    rank, peer = all_pairs(ranks)
+    ones = np.ones_like(rank)
+    return (
+        Stage("release", signals=(Signals(rank, peer, ones, TAKEN_BYTES, "taken"),)),
+        Stage("await-taken", (Waits(rank, peer, ones, "taken"),)),
+    )

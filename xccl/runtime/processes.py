@@ -14,8 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
-from multiprocessing.connection import wait as wait_connections
+from multiprocessing.connection import Connection, wait as wait_connections
 from typing import Any, NoReturn
 
 from ..comm import Communicator

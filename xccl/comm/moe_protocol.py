@@ -1,0 +1,103 @@
+"""How rows get from rank to rank: the strategies behind `ExpertParallel`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import EventMismatch, FabricError
+from ..layout.moe import EPOCH_MASK
+from .core import Core
+from .dispatched import Dispatched, Outputs, Routing
+from .moe_shape import KernelState, MoeShape
+from .steps import Steps
+
+
+class MoeProtocol(ABC):
+    """One way to dispatch and combine. An object of it belongs to one ExpertParallel object, which checks arguments.
+
+    A protocol is made on all ranks together, and takes memory only as far as an operation needs it. What it raises
+    before it calls `steps.begin` leaves everything as it was.
+
+    Args:
+        core: of this rank.
+        shape: of the ExpertParallel object.
+
+    Attributes:
+        state_address: of what kernels need to know, for `kernels.moe`.
+    """
+
+    #: Its name, for `ExpertParallel(protocol=...)`.
+    name: ClassVar[str]
+
+    def __init__(self, core: Core, shape: MoeShape) -> None:
+        self._core = core
+        self._shape = shape
+        self._own_segment = int(core.fabric.segments[core.rank])
+        self._state = KernelState(core, shape)
+        self.state_address = self._state.address
+        self._dispatches = 0
+        self._combines = 0
+
+    @abstractmethod
+    def dispatch(self, steps: Steps, x: npt.NDArray[Any], routing: Routing, outputs: Outputs) -> Dispatched:
+        """Send the tokens by a routing, and bring those for the own experts.
+
+        Args:
+            steps: told of each step.
+            x: [tokens, hidden], C-contiguous.
+            routing: what goes where; its second half, on what comes, is filled unless it repeats another dispatch.
+            outputs: memory for the result.
+        """
+
+    @abstractmethod
+    def combine(
+        self,
+        steps: Steps,
+        expert_out: npt.NDArray[Any],
+        routing: Routing,
+        weights: npt.NDArray[np.float32] | None,
+        shared_out: npt.NDArray[Any] | None,
+        y: npt.NDArray[Any],
+    ) -> None:
+        """Return the rows of a dispatch, and sum those that come back.
+
+        Args:
+            steps: told of each step.
+            expert_out: [rows, hidden], C-contiguous.
+            routing: of the dispatch.
+            weights: float32 [tokens, top_k]; None for weights of 1.
+            shared_out: [tokens, hidden], added last; or None.
+            y: [tokens, hidden], the result.
+        """
+
+    @abstractmethod
+    def free(self) -> None:
+        """Give all memory back; collective."""
+
+    def _bad_source(self, routing: Routing, peer: int, tag: int) -> Exception:
+        """The error for a peer whose announcement does not fit, `tag` being the dispatch by whose routing it sends."""
+        if tag == routing.root & EPOCH_MASK:
+            return FabricError(
+                f"rank {self._core.rank}: the counts of rank {peer} in dispatch {routing.epoch} contradict its field",
+                rank=self._core.rank, peer=peer,
+            )  # fmt: skip
+        ours, theirs = (
+            "makes a new routing" if root == routing.epoch & EPOCH_MASK else f"repeats dispatch {root}"
+            for root in (routing.root & EPOCH_MASK, tag)
+        )
+        return EventMismatch(
+            f"rank {self._core.rank} {ours} in dispatch {routing.epoch}, but rank {peer} {theirs}",
+            operation="dispatch", event_id=routing.root, peer_event_id=tag, rank=self._core.rank, peer=peer,
+        )  # fmt: skip
+
+    def _other_dispatch(self, routing: Routing, peer: int, theirs: int) -> EventMismatch:
+        """The error for a peer that combines another dispatch."""
+        return EventMismatch(
+            f"rank {self._core.rank} combines dispatch {routing.epoch}, but rank {peer} combines "
+            f"{'another one' if theirs == routing.epoch else f'dispatch {theirs}'}",
+            operation="combine", event_id=routing.epoch, peer_event_id=theirs, rank=self._core.rank, peer=peer,
+        )  # fmt: skip

@@ -1,0 +1,197 @@
+"""The pull protocol of dispatch and combine (XDS section 3.2).
+
+Rules
+- Everything a rank writes for others lies in its OWN managed area; peers pull it. Into peers' segments go only 32-byte
+  fields.
+- An operation has an epoch, the same at all ranks. Rank P announces operation e to rank R by a field in R's metadata
+  area: where P's block for R starts, how many rows it has, and, last, e (SYNC POINT expert-field).
+- When R has pulled all it wanted of operation e it writes e to `pulled` in the field it owns at every peer (SYNC POINT
+  expert-pulled).
+- A rank writes its managed area for operation e only when `pulled` of all peers is at least e - 1.
+- Dispatch and combine have separate areas, fields and epochs.
+
+Steps of both (the numbers are the paper's):
+  0. await-pulled: every peer has pulled the operation before.
+  1-3. write: tokens are read, quantised if asked, and written to the own managed area, one block for each peer.
+  4. announce: each peer's field.
+  5. await-fields: until the fields of all peers carry this epoch.
+  6-7. pull: rows go from the peers' managed areas to the output. combine sums a token's rows on the way, in slot order,
+       in float32.
+  8. release: `pulled` at each peer.
+
+Theory of operation: no operation overwrites what a slow peer still reads. Claim: while R may read P's area or its own
+field from P for operation e, P writes neither for a later one. P writes the area for e + 1, and then announces e + 1,
+only after step 0 of e + 1, that is after it acquired pulled >= e from R. R released that value in its step 8 of e,
+after its last read of P's area and of the field in steps 5 to 7. So each of R's reads for e happens before each of P's
+writes for e + 1. The word `pulled` itself has one writer and only grows, and so has the epoch. R can be at most one
+operation behind P: P's step 5 of e + 1 needs R's announcement of e + 1. Dispatch and combine do not interact, since
+nothing is shared between their areas, fields and epochs; any mix of calls in the same order at all ranks is safe, with
+a rank delayed at any step (tests/multirank/test_moe_delays.py does that).
+
+The operands of combine are read where they lie, in an order fixed by the routing, so the result does not depend on
+timing.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..kernels import moe_pull as kernels
+from ..layout import moe as layout
+from ..layout.moe import EXPERT_FIELD_BYTES, expert_blocks
+from . import traced_moe
+from .buffers import address_of
+from .dispatched import Dispatched, Outputs, Routing
+from .managed import Part, Reservation
+from .moe_protocol import MoeProtocol
+from .moe_shape import MoeShape
+from .steps import Steps
+
+
+class Pull(MoeProtocol):
+    """Peers pull rows from the rank that has them.
+
+    Args:
+        comm: the communicator.
+        shape: of the ExpertParallel object.
+        arguments: of its construction, which must be the same at all ranks.
+
+    Raises:
+        UsageError: ranks differ in an argument.
+        CapacityError: the managed area or the memory is exhausted.
+    """
+
+    name = "pull"
+
+    def __init__(self, comm: Any, shape: MoeShape, arguments: dict[str, int]) -> None:
+        super().__init__(comm.core, shape)
+        ranks = shape.ranks
+        blocks = expert_blocks(
+            ranks=ranks, experts=shape.num_experts, max_tokens=shape.max_tokens, top_k=shape.top_k,
+            row_bytes=shape.row_bytes, return_bytes=shape.return_bytes, dedup=shape.is_dedup,
+        )  # fmt: skip
+        fields_bytes = 2 * ranks * EXPERT_FIELD_BYTES
+        self._reserved = Reservation(
+            comm, "ExpertParallel", arguments, (fields_bytes, blocks.total_bytes), (fields_bytes, blocks.rows)
+        )
+        self._dispatch_fields = self._reserved.fields
+        self._combine_fields = self._dispatch_fields + ranks * EXPERT_FIELD_BYTES
+        heap = self._reserved.block
+        self._rows = Part(self._core, heap + blocks.rows, blocks.returns - blocks.rows)
+        self._returns = Part(self._core, heap + blocks.returns, blocks.total_bytes - blocks.returns)
+        self._state.fill(
+            {
+                layout.EP_COUNTS: heap + blocks.counts,
+                layout.EP_PLACES: heap + blocks.places,
+                layout.EP_SCALES: heap + blocks.scales,
+                layout.EP_ROWS: heap + blocks.rows,
+                layout.EP_RETURNS: heap + blocks.returns,
+            }
+        )
+
+    def dispatch(self, steps: Steps, x: npt.NDArray[Any], routing: Routing, outputs: Outputs) -> Dispatched:
+        """See `MoeProtocol.dispatch`."""
+        state, fields = self.state_address, self._dispatch_fields
+        self._rows.grow(routing.sent * self._shape.row_bytes)
+        epoch = self._dispatches + 1
+        steps.begin(epoch)
+        steps("await-pulled")
+        self._await(fields, layout.EXF_PULLED, epoch - 1, "dispatch, step 0 (peers pull the one before)")
+        self._dispatches = routing.epoch = epoch
+        steps("write")
+        self._write(routing, x)
+        steps("announce")
+        kernels.dispatch_announce.call(state, routing.address, fields)
+        steps("await-fields")
+        self._await(fields, layout.EXF_EVENT, epoch, "dispatch, step 5 (fields of all ranks)")
+        steps("pull")
+        result = self._pull(routing, outputs)
+        steps("release")
+        kernels.release.call(state, fields, epoch)
+        steps.finish(partial(traced_moe.pull_dispatched, self._shape, routing))
+        return result
+
+    def _write(self, routing: Routing, x: npt.NDArray[Any]) -> None:
+        state, is_new = self.state_address, routing.known is None
+        has_places = is_new and not self._shape.is_dedup
+        kernels.dispatch_write.call(state, routing.address, address_of(x), int(has_places))
+        if is_new:
+            kernels.dispatch_write_counts.call(state, routing.address)
+        if routing.choices is not None:
+            idx, weights = routing.choices
+            kernels.dispatch_write_entries.call(state, routing.address, address_of(idx), address_of(weights))
+            routing.choices = None
+
+    def _pull(self, routing: Routing, outputs: Outputs) -> Dispatched:
+        state, fields = self.state_address, self._dispatch_fields
+        is_new = routing.known is None
+        if is_new:
+            counts = np.empty(self._shape.local_experts, np.int64)
+            status = kernels.dispatch_plan.call(state, routing.address, fields, address_of(counts))
+        else:
+            status = kernels.dispatch_check.call(state, routing.address, fields)
+        if status < 0:
+            peer = -1 - status
+            raise self._bad_source(routing, peer, self._tag(fields, peer))
+        result = outputs.make(routing, counts if is_new else None)
+        has_places = is_new and not self._shape.is_dedup
+        kernels.dispatch_pull.call(
+            state, routing.address, fields, address_of(result.tokens),
+            0 if result.scales is None else address_of(result.scales), address_of(result.source) if has_places else 0,
+        )  # fmt: skip
+        if is_new and result.index is not None and result.weights is not None:
+            kernels.dispatch_pull_entries.call(
+                state, routing.address, address_of(result.source), address_of(result.index), address_of(result.weights)
+            )
+        return result
+
+    def combine(
+        self,
+        steps: Steps,
+        expert_out: npt.NDArray[Any],
+        routing: Routing,
+        weights: npt.NDArray[np.float32] | None,
+        shared_out: npt.NDArray[Any] | None,
+        y: npt.NDArray[Any],
+    ) -> None:
+        """See `MoeProtocol.combine`."""
+        state, fields = self.state_address, self._combine_fields
+        self._returns.grow(expert_out.nbytes)
+        epoch = self._combines + 1
+        steps.begin(epoch)
+        steps("await-pulled")
+        self._await(fields, layout.EXF_PULLED, epoch - 1, "combine, step 0 (peers pull the one before)")
+        self._combines = epoch
+        steps("write")
+        kernels.combine_write.call(state, routing.address, address_of(expert_out))
+        steps("announce")
+        kernels.combine_announce.call(state, routing.address, fields, epoch)
+        steps("await-fields")
+        self._await(fields, layout.EXF_EVENT, epoch, "combine, step 5 (fields of all ranks)")
+        different = kernels.combine_check.call(state, routing.address, fields)
+        if different < 0:
+            peer = -1 - different
+            raise self._other_dispatch(routing, peer, self._tag(fields, peer))
+        steps("pull")
+        kernels.combine_reduce.call(
+            state, routing.address, fields, 0 if weights is None else address_of(weights),
+            0 if shared_out is None else address_of(shared_out), address_of(y),
+        )  # fmt: skip
+        steps("release")
+        kernels.release.call(state, fields, epoch)
+        steps.finish(partial(traced_moe.pull_combined, self._shape, routing, shared_out is not None))
+
+    def free(self) -> None:
+        """See `MoeProtocol.free`."""
+        self._reserved.free()
+
+    def _await(self, fields: int, word: int, epoch: int, operation: str) -> None:
+        self._core.wait_all(self._own_segment + fields + word, EXPERT_FIELD_BYTES, epoch, operation)
+
+    def _tag(self, fields: int, peer: int) -> int:
+        """The dispatch to which a peer's announcement says that its rows belong."""
+        return int(kernels.epoch_of.call(self._own_segment + fields + peer * EXPERT_FIELD_BYTES + layout.EXF_COUNT))

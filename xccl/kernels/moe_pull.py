@@ -1,0 +1,407 @@
+"""Dispatch and combine by the pull protocol (XDS section 3.2). The protocol and its proof are in `xccl.comm.moe_pull`.
+
+Each kernel is one stage, or a part of one, and waits for nothing; the waits in between are `wait.wait_all` on the
+fields in the own segment.
+"""
+
+from __future__ import annotations
+
+from ..layout.moe import (
+    COUNT_BITS,
+    COUNT_MASK,
+    EN_ROW,
+    EN_SLOT,
+    EN_TOKEN,
+    EN_WEIGHT,
+    ENTRY_BYTES,
+    EP_COUNTS,
+    EP_DTYPE,
+    EP_EXPERTS,
+    EP_HIDDEN,
+    EP_PLACES,
+    EP_QUANT,
+    EP_RANK,
+    EP_RANKS,
+    EP_RETURN_BYTES,
+    EP_RETURNS,
+    EP_ROW_BYTES,
+    EP_ROWS,
+    EP_SCALES,
+    EP_SCRATCH,
+    EP_TOP_K,
+    EPOCH_MASK,
+    EXF_COUNT,
+    EXF_EVENT,
+    EXF_FIRST_ROW,
+    EXF_PULLED,
+    EXPERT_FIELD_BYTES,
+    RT_ENTRY_COUNTS,
+    RT_ENTRY_FIRST,
+    RT_EPOCH,
+    RT_GOT_COUNTS,
+    RT_GOT_FIRST,
+    RT_GROUPS,
+    RT_ROOT,
+    RT_ROW_OF,
+    RT_ROWS,
+    RT_SENT_FIRST,
+    RT_SENT_ROWS,
+    RT_TOKENS,
+)
+from ..layout.segment import CONTROL_OFFSET
+from ._jit import device, kernel
+from .atomics import load_f32, load_i32, load_i64, store_f32, store_i32, store_i64, store_release
+from .copy import copy_bytes, copy_bytes_auto
+from .moe import ROW_BITS, ROW_MASK, first_expert, first_row_of, lay_out, local_experts, rows_from, segment
+from .quantise import quantise_row
+from .reduce import weighted_sum_rows
+from .wait import OK, ring
+
+
+@device
+def _field_from(state: int, fields: int, peer: int) -> int:
+    """Address of the field that `peer` writes in the own segment."""
+    return segment(state, load_i64(state + EP_RANK)) + fields + peer * EXPERT_FIELD_BYTES
+
+
+@device
+def _field_at(state: int, fields: int, peer: int) -> int:
+    """Address of the field that this rank writes in the segment of `peer`."""
+    return segment(state, peer) + fields + load_i64(state + EP_RANK) * EXPERT_FIELD_BYTES
+
+
+@device
+def write_rows(state: int, routing: int, x: int, has_places: int) -> None:
+    """Each token, quantised once if asked, into its rows in the own managed area, with scales, and places if asked."""
+    own = segment(state, load_i64(state + EP_RANK))
+    top_k = load_i64(state + EP_TOP_K)
+    hidden = load_i64(state + EP_HIDDEN)
+    dtype = load_i64(state + EP_DTYPE)
+    row_bytes = load_i64(state + EP_ROW_BYTES)
+    token_bytes = load_i64(state + EP_RETURN_BYTES)
+    row_of = load_i64(routing + RT_ROW_OF)
+    rows = own + load_i64(state + EP_ROWS)
+    scales = own + load_i64(state + EP_SCALES)
+    places = own + load_i64(state + EP_PLACES)
+    quant = load_i64(state + EP_QUANT)
+    for t in range(load_i64(routing + RT_TOKENS)):
+        source = x + t * token_bytes
+        scale = 0.0
+        quantised = False
+        for k in range(top_k):
+            row = load_i64(row_of + 8 * (t * top_k + k))
+            if row < 0:
+                continue
+            row &= ROW_MASK
+            destination = rows + row * row_bytes
+            if quant != 0 and not quantised:
+                scale = quantise_row(dtype, source, hidden, destination)
+                source = destination
+                quantised = True
+            else:
+                copy_bytes(destination, source, row_bytes)
+            if quant != 0:
+                store_f32(scales + 4 * row, scale)
+            if has_places != 0:
+                store_i32(places + 8 * row, t)
+                store_i32(places + 8 * row + 4, k)
+
+
+@kernel("void(int64, int64, int64, int64)")
+def dispatch_write(state: int, routing: int, x: int, has_places: int) -> None:
+    """Steps 1 to 3: rows into the own managed area, with places unless peers know them."""
+    write_rows(state, routing, x, has_places)
+
+
+@kernel("void(int64, int64)")
+def dispatch_write_counts(state: int, routing: int) -> None:
+    """Steps 1 to 3: counts into the own managed area."""
+    counts = segment(state, load_i64(state + EP_RANK)) + load_i64(state + EP_COUNTS)
+    sent_first = load_i64(routing + RT_SENT_FIRST)
+    for e in range(load_i64(state + EP_EXPERTS)):
+        store_i32(counts + 4 * e, load_i64(sent_first + 8 * (e + 1)) - load_i64(sent_first + 8 * e))
+
+
+@kernel("void(int64, int64, int64, int64)")
+def dispatch_write_entries(state: int, routing: int, topk_idx: int, weights: int) -> None:
+    """Steps 1 to 3 with deduplicated rows: an entry for each (token, slot), and where those for each rank begin.
+
+    Args:
+        state: address of the ExpertParallel state.
+        routing: address of the routing record.
+        topk_idx: address of int64 [tokens, top_k].
+        weights: address of float32 [tokens, top_k].
+    """
+    own = segment(state, load_i64(state + EP_RANK))
+    experts, ranks = load_i64(state + EP_EXPERTS), load_i64(state + EP_RANKS)
+    top_k = load_i64(state + EP_TOP_K)
+    row_of = load_i64(routing + RT_ROW_OF)
+    sent_first, sent_rows = load_i64(routing + RT_SENT_FIRST), load_i64(routing + RT_SENT_ROWS)
+    firsts = own + load_i64(state + EP_COUNTS) + 4 * experts
+    for r in range(ranks):
+        store_i32(firsts + 4 * r, load_i64(sent_first + 8 * first_expert(state, r)))
+    cursor = load_i64(state + EP_SCRATCH)
+    for e in range(experts):
+        store_i64(cursor + 8 * e, load_i64(sent_first + 8 * e))
+    for t in range(load_i64(routing + RT_TOKENS)):
+        for k in range(top_k):
+            i = t * top_k + k
+            e = load_i64(topk_idx + 8 * i)
+            if e < 0:
+                continue
+            row = first_row_of(load_i64(row_of + 8 * i))
+            at = load_i64(cursor + 8 * e)
+            store_i64(cursor + 8 * e, at + 1)
+            entry = own + load_i64(state + EP_PLACES) + ENTRY_BYTES * at
+            store_i32(entry + EN_TOKEN, t)
+            store_i32(entry + EN_SLOT, k)
+            store_i32(entry + EN_ROW, (row & ROW_MASK) - load_i64(sent_rows + 8 * (row >> ROW_BITS)))
+            store_f32(entry + EN_WEIGHT, load_f32(weights + 4 * i))
+
+
+@device
+def _tagged(rows: int, epoch: int) -> int:
+    return rows | ((epoch & EPOCH_MASK) << COUNT_BITS)
+
+
+@device
+def _announce(state: int, fields: int, peer: int, event: int, first_row: int, count: int, epoch: int) -> None:
+    field = _field_at(state, fields, peer)
+    store_i64(field + EXF_FIRST_ROW, first_row)
+    store_i64(field + EXF_COUNT, _tagged(count, epoch))
+    # SYNC POINT expert-field: released after the rows; the peer's `wait_all` on `event` acquires it.
+    store_release(field + EXF_EVENT, event)
+    ring(segment(state, peer) + CONTROL_OFFSET)
+
+
+@kernel("void(int64, int64, int64)")
+def dispatch_announce(state: int, routing: int, fields: int) -> None:
+    """Step 4: tell each destination where its block is. The next rank comes first, to spread the load."""
+    ranks = load_i64(state + EP_RANKS)
+    sent_rows = load_i64(routing + RT_SENT_ROWS)
+    epoch, root = load_i64(routing + RT_EPOCH), load_i64(routing + RT_ROOT)
+    for i in range(1, ranks + 1):
+        peer = (load_i64(state + EP_RANK) + i) % ranks
+        first = load_i64(sent_rows + 8 * peer)
+        count = load_i64(sent_rows + 8 * (peer + 1)) - first
+        _announce(state, fields, peer, epoch, first, count, root)
+
+
+@kernel("int64(int64, int64, int64, int64)")
+def dispatch_plan(state: int, routing: int, fields: int, counts_out: int) -> int:
+    """Step 6, first half: from the counts of all sources, where each run of rows goes in the output.
+
+    Args:
+        state: address of the ExpertParallel state.
+        routing: address of the routing record; what is about rows that come is filled.
+        fields: offset of the dispatch fields.
+        counts_out: address of int64 [local experts], filled with the entries of each.
+
+    Returns:
+        OK, or -1 - s if source s sends by another routing, or contradicts itself.
+    """
+    ranks, rank = load_i64(state + EP_RANKS), load_i64(state + EP_RANK)
+    first, local = first_expert(state, rank), local_experts(state, rank)
+    entry_counts, got_counts = load_i64(routing + RT_ENTRY_COUNTS), load_i64(routing + RT_GOT_COUNTS)
+    root = load_i64(routing + RT_ROOT)
+    for s in range(ranks):
+        word = load_i64(_field_from(state, fields, s) + EXF_COUNT)
+        rows = word & COUNT_MASK
+        if word != _tagged(rows, root):
+            return -1 - s
+        counts = segment(state, s) + load_i64(state + EP_COUNTS) + 4 * first
+        total = 0
+        for e in range(local):
+            count = load_i32(counts + 4 * e)
+            total += count
+            store_i64(entry_counts + 8 * (s * local + e), count)
+        if got_counts != entry_counts:
+            store_i64(got_counts + 8 * s, rows)
+        elif rows != total:
+            return -1 - s
+    lay_out(routing, ranks, local, counts_out)
+    return OK
+
+
+@kernel("int64(int64, int64, int64)")
+def dispatch_check(state: int, routing: int, fields: int) -> int:
+    """Does each source repeat the same dispatch? OK, or -1 - s for the first that does not."""
+    root = load_i64(routing + RT_ROOT)
+    for s in range(load_i64(state + EP_RANKS)):
+        if load_i64(_field_from(state, fields, s) + EXF_COUNT) != _tagged(rows_from(routing, s), root):
+            return -1 - s
+    return OK
+
+
+@kernel("void(int64, int64, int64, int64, int64, int64)")
+def dispatch_pull(state: int, routing: int, fields: int, tokens: int, scales: int, source: int) -> None:
+    """Steps 6 and 7: pull the rows from each peer's managed area, each run at once.
+
+    Args:
+        state: address of the ExpertParallel state.
+        routing: address of the routing record.
+        fields: offset of the dispatch fields.
+        tokens: address of the output rows.
+        scales: address of float32 [rows]; used with INT8 only.
+        source: address of int32 [rows][3]: rank, token, slot; 0 if places are not pulled.
+    """
+    ranks = load_i64(state + EP_RANKS)
+    groups = load_i64(routing + RT_GROUPS)
+    row_bytes = load_i64(state + EP_ROW_BYTES)
+    quant = load_i64(state + EP_QUANT)
+    got_counts = load_i64(routing + RT_GOT_COUNTS)
+    got_first = load_i64(routing + RT_GOT_FIRST)
+    for i in range(1, ranks + 1):
+        s = (load_i64(state + EP_RANK) + i) % ranks
+        peer = segment(state, s)
+        row = load_i64(_field_from(state, fields, s) + EXF_FIRST_ROW)
+        for g in range(groups):
+            count = load_i64(got_counts + 8 * (s * groups + g))
+            if count == 0:
+                continue
+            first = load_i64(got_first + 8 * (s * groups + g))
+            rows = peer + load_i64(state + EP_ROWS) + row * row_bytes
+            copy_bytes_auto(tokens + first * row_bytes, rows, count * row_bytes)
+            if quant != 0:
+                copy_bytes(scales + 4 * first, peer + load_i64(state + EP_SCALES) + 4 * row, 4 * count)
+            if source != 0:
+                places = peer + load_i64(state + EP_PLACES) + 8 * row
+                for j in range(count):
+                    at = source + 12 * (first + j)
+                    store_i32(at, s)
+                    store_i32(at + 4, load_i32(places + 8 * j))
+                    store_i32(at + 8, load_i32(places + 8 * j + 4))
+            row += count
+
+
+@kernel("void(int64, int64, int64, int64, int64)")
+def dispatch_pull_entries(state: int, routing: int, source: int, index: int, weights: int) -> None:
+    """Steps 6 and 7 with deduplicated rows: the entries for the own experts.
+
+    Args:
+        state: address of the ExpertParallel state.
+        routing: address of the routing record.
+        source: address of int32 [rows][3]: rank, token, first slot here.
+        index: address of int32 [entries][3]: row, local expert, slot.
+        weights: address of float32 [entries].
+    """
+    ranks, rank = load_i64(state + EP_RANKS), load_i64(state + EP_RANK)
+    local = local_experts(state, rank)
+    counts, firsts = load_i64(routing + RT_ENTRY_COUNTS), load_i64(routing + RT_ENTRY_FIRST)
+    got_first = load_i64(routing + RT_GOT_FIRST)
+    for r in range(load_i64(routing + RT_ROWS)):
+        store_i32(source + 12 * r + 8, load_i64(state + EP_TOP_K))
+    for i in range(1, ranks + 1):
+        s = (rank + i) % ranks
+        peer = segment(state, s)
+        begin = load_i32(peer + load_i64(state + EP_COUNTS) + 4 * (load_i64(state + EP_EXPERTS) + rank))
+        entry = peer + load_i64(state + EP_PLACES) + ENTRY_BYTES * begin
+        for e in range(local):
+            first = load_i64(firsts + 8 * (s * local + e))
+            for j in range(load_i64(counts + 8 * (s * local + e))):
+                row = load_i64(got_first + 8 * s) + load_i32(entry + EN_ROW)
+                slot = load_i32(entry + EN_SLOT)
+                at = index + 12 * (first + j)
+                store_i32(at, row)
+                store_i32(at + 4, e)
+                store_i32(at + 8, slot)
+                store_f32(weights + 4 * (first + j), load_f32(entry + EN_WEIGHT))
+                origin = source + 12 * row
+                store_i32(origin, s)
+                store_i32(origin + 4, load_i32(entry + EN_TOKEN))
+                store_i32(origin + 8, min(slot, load_i32(origin + 8)))
+                entry += ENTRY_BYTES
+
+
+@kernel("void(int64, int64, int64)")
+def release(state: int, fields: int, epoch: int) -> None:
+    """Tell each peer that this rank has pulled all it wanted from it, up to `epoch`."""
+    ranks = load_i64(state + EP_RANKS)
+    for i in range(1, ranks + 1):
+        peer = (load_i64(state + EP_RANK) + i) % ranks
+        # SYNC POINT expert-pulled: released after the reads; the peer's `wait_all` on `pulled` acquires it before it
+        # writes.
+        store_release(_field_at(state, fields, peer) + EXF_PULLED, epoch)
+        ring(segment(state, peer) + CONTROL_OFFSET)
+
+
+@kernel("void(int64, int64, int64)")
+def combine_write(state: int, routing: int, expert_out: int) -> None:
+    """Combine, steps 1 to 3: expert outputs into the own managed area, a block for each origin, in its order."""
+    own = segment(state, load_i64(state + EP_RANK))
+    row_bytes = load_i64(state + EP_RETURN_BYTES)
+    got_counts = load_i64(routing + RT_GOT_COUNTS)
+    got_first = load_i64(routing + RT_GOT_FIRST)
+    at = own + load_i64(state + EP_RETURNS)
+    for i in range(load_i64(state + EP_RANKS) * load_i64(routing + RT_GROUPS)):
+        n_bytes = load_i64(got_counts + 8 * i) * row_bytes
+        copy_bytes_auto(at, expert_out + load_i64(got_first + 8 * i) * row_bytes, n_bytes)
+        at += n_bytes
+
+
+@kernel("void(int64, int64, int64, int64)")
+def combine_announce(state: int, routing: int, fields: int, event: int) -> None:
+    """Combine, step 4: tell each origin where its block is."""
+    first = 0
+    for s in range(load_i64(state + EP_RANKS)):
+        count = rows_from(routing, s)
+        _announce(state, fields, s, event, first, count, load_i64(routing + RT_EPOCH))
+        first += count
+
+
+@kernel("int64(int64, int64, int64)")
+def combine_check(state: int, routing: int, fields: int) -> int:
+    """Does each peer return the rows of the same dispatch? OK, or -1 - peer of the first that does not."""
+    sent_rows = load_i64(routing + RT_SENT_ROWS)
+    epoch = load_i64(routing + RT_EPOCH)
+    for peer in range(load_i64(state + EP_RANKS)):
+        count = load_i64(sent_rows + 8 * (peer + 1)) - load_i64(sent_rows + 8 * peer)
+        if load_i64(_field_from(state, fields, peer) + EXF_COUNT) != _tagged(count, epoch):
+            return -1 - peer
+    return OK
+
+
+@kernel("void(int64, int64, int64, int64, int64, int64)")
+def combine_reduce(state: int, routing: int, fields: int, weights: int, shared: int, y: int) -> None:
+    """Combine, steps 6 and 7: pull the rows of each token from the ranks of its experts, and sum them in slot order.
+
+    Args:
+        state: address of the ExpertParallel state.
+        routing: address of the routing record.
+        fields: offset of the combine fields.
+        weights: address of float32 [tokens, top_k]; 0 for weights of 1.
+        shared: address of [tokens, hidden] to be added last; 0 for none.
+        y: address of the output [tokens, hidden].
+    """
+    top_k = load_i64(state + EP_TOP_K)
+    row_bytes = load_i64(state + EP_RETURN_BYTES)
+    row_of = load_i64(routing + RT_ROW_OF)
+    sent_rows = load_i64(routing + RT_SENT_ROWS)
+    addresses = load_i64(state + EP_SCRATCH)
+    gates = addresses + 8 * (top_k + 1)
+    for t in range(load_i64(routing + RT_TOKENS)):
+        n = 0
+        for k in range(top_k):
+            i = t * top_k + k
+            row = load_i64(row_of + 8 * i)
+            if row < 0:
+                continue
+            peer = row >> ROW_BITS
+            within = (row & ROW_MASK) - load_i64(sent_rows + 8 * peer)
+            row = load_i64(_field_from(state, fields, peer) + EXF_FIRST_ROW) + within
+            store_i64(addresses + 8 * n, segment(state, peer) + load_i64(state + EP_RETURNS) + row * row_bytes)
+            store_f32(gates + 4 * n, 1.0 if weights == 0 else load_f32(weights + 4 * i))
+            n += 1
+        if shared != 0:
+            store_i64(addresses + 8 * n, shared + t * row_bytes)
+            store_f32(gates + 4 * n, 1.0)
+            n += 1
+        weighted_sum_rows(
+            load_i64(state + EP_DTYPE), addresses, gates, n, load_i64(state + EP_HIDDEN), y + t * row_bytes
+        )
+
+
+@kernel("int64(int64)")
+def epoch_of(count_address: int) -> int:
+    """Epoch of the dispatch (modulo 2**23) whose rows a field announces."""
+    return load_i64(count_address) >> COUNT_BITS
