@@ -165,7 +165,6 @@ CASES: dict[str, tuple[Callable[[Bench], Any], list[str]]] = {
     "recv: objects": (lambda b: b.comm.irecv(np.array([None]), src=1, event_id=0), ["object"]),
     "recv: timeout": (lambda b: b.comm.recv(b.data, src=1, event_id=0, timeout_s=float("nan")), ["nan"]),
     # -- expert parallelism
-    "ep: experts not a multiple": (lambda b: b.expert_parallel(num_experts=7), ["7", "2"]),
     "ep: no experts": (lambda b: b.expert_parallel(num_experts=0), ["num_experts", "0", "1"]),
     "ep: too many experts": (lambda b: b.expert_parallel(num_experts=1 << 30), [str(1 << 30), str(1 << 20)]),
     "ep: hidden": (lambda b: b.expert_parallel(hidden=0), ["hidden", "0", "1"]),

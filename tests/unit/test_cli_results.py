@@ -17,7 +17,7 @@ from xccl.cli.options import BenchOptions, Case
 from xccl.cli.results import Collector, Measurement, Row
 from xccl.cli.screen import Plain, make_screen, progress_bar
 from xccl.cli.stats import TimeStats, bandwidth_gbps, bus_factor
-from xccl.comm import reference
+from xccl.layout.moe import SOURCE_DTYPE
 
 PUT = BenchOptions("put", 2)
 MOE = BenchOptions("moe", 2)
@@ -201,7 +201,7 @@ def test_count_wrong_compares_bits() -> None:
     assert count_wrong(None, None) == 0
     assert count_wrong(nan, None) == count_wrong(None, nan) == 1
     assert count_wrong(np.zeros((0, 4), np.int8), np.zeros((0, 5), np.int8)) == 1
-    source = np.zeros(3, reference.SOURCE_DTYPE)
+    source = np.zeros(3, SOURCE_DTYPE)
     other = source.copy()
     other["slot"][1] = 1
     assert count_wrong(source, other) == 1

@@ -142,6 +142,8 @@ def test_a_wait_that_is_given_up_names_the_first_that_is_missing() -> None:
 def test_count_equal() -> None:
     values = np.array([1, 5, 1, 1], np.int64)
     addresses = values.ctypes.data + 8 * np.arange(3)
-    assert words.count_equal.call(addresses.ctypes.data, 3, 0, 1, -1) == 2
-    assert words.count_equal.call(addresses.ctypes.data, 3, 8, 1, -1) == 2
-    assert words.count_equal.call(addresses.ctypes.data, 0, 0, 1, -1) == 0
+    nobody = -1
+    assert words.count_equal.call(addresses.ctypes.data, 3, 0, 1, nobody) == 2
+    assert words.count_equal.call(addresses.ctypes.data, 3, 8, 1, nobody) == 2
+    assert words.count_equal.call(addresses.ctypes.data, 3, 0, 1, 0) == 1
+    assert words.count_equal.call(addresses.ctypes.data, 0, 0, 1, nobody) == 0

@@ -344,9 +344,10 @@ class Grouping:
         seen = self.core.exchange("split", [color, key])
         return None if color < 0 else self.group(members_of_color(seen, color))
 
-    def barrier(self, timeout_s: float | None = None) -> None:
-        """See `Communicator`."""
-        raise NotImplementedError
+    if TYPE_CHECKING:
+
+        def barrier(self, timeout_s: float | None = None) -> None:
+            """`Communicator` has it."""
 
     def free(self) -> None:
         """Give everything back that this group has, and what was allocated in it. Collective among its members.
