@@ -7,8 +7,6 @@ part of the shortest of them. All buffers begin at a page, and two ranks are pin
 from __future__ import annotations
 
 import gc
-import mmap
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from bench.peers.table import OPERATIONS, PEERS, size_name
 def main() -> int:
     """Measure, print, and write JSON if asked; exit status 1 if a result was wrong or a library failed."""
     args = _parser().parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
     chosen = [operation for operation in OPERATIONS if operation.op in args.only]
     cells = [(operation, cell) for operation in chosen for cell in operation.cells() if cell.ranks in args.ranks]
     if args.list:
@@ -28,6 +31,11 @@ def main() -> int:
         write_json(args.json, results, plan.versions, sys.argv[1:])
     entries = [entry for result in results for entry in result.entries.values()]
     return 1 if any(entry.wrong or entry.reason.startswith("failed") for entry in entries) else 0
+
+
+def _leave(number: int, _: object) -> None:
+    """End sessions on the way out."""
+    sys.exit(128 + number)
 
 
 def _state(peer: str) -> str:

@@ -5,7 +5,7 @@ medians means something where the medians do not. A turn is some blocks of opera
 blocks, a block's figure the mean of its operations at the slowest rank.
 
 A cell has a budget of time. It is divided among those that take part; one whose single operations take longer than its
-share gets few turns, but at least three.
+share gets few turns: at least three, or one if the whole cell takes far longer than its budget.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Final
 
 from bench.peers.session import NotThereError, Session, SessionError
 from bench.peers.statistics import median
-from bench.peers.table import XCCL, Contestant, Operation
+from bench.peers.table import Contestant, Operation
 from bench.peers.work import Cell
 
 _TURNS: Final = 20
 _FEWEST_TURNS: Final = 3
+#: A cell that has taken so many times its budget is over.
+_MOST_OVERRUN: Final = 2.0
 _BLOCK_S: Final = 2e-3
 _MOST_BLOCKS: Final = 9
 _PREPARE_TIMEOUT_S: Final = 60.0
@@ -68,12 +70,11 @@ class Driver:
 
     Args:
         ranks: of each session.
-        cache: folder for numba's cache of the peers' loops.
         make: makes a session, for tests.
     """
 
-    def __init__(self, ranks: int, cache: Path, make: Callable[[str, int, Path], Session] = Session) -> None:
-        self._ranks, self._cache, self._make = ranks, cache, make
+    def __init__(self, ranks: int, make: Callable[[str, int], Session] = Session) -> None:
+        self._ranks, self._make = ranks, make
         self._sessions: dict[str, Session] = {}
         self._not_there: dict[str, str] = {}
         self.versions: dict[str, str] = {}
@@ -81,24 +82,28 @@ class Driver:
     def __enter__(self) -> Driver:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         while self._sessions:
-            self._sessions.popitem()[1].close()
+            session = self._sessions.popitem()[1]
+            session.abort() if error else session.close()
 
-    def measure(self, operation: Operation, cell: Cell, contestants: Iterable[Contestant], budget_s: float) -> CellResult:
+    def measure(
+        self, operation: Operation, cell: Cell, contestants: Iterable[Contestant], budget_s: float
+    ) -> CellResult:
         """Measure a cell."""
         entries = {contestant: Entry() for contestant in contestants}
         plans = [plan for contestant, entry in entries.items() if (plan := self._prepare(cell, contestant, entry))]
         share_s = budget_s / max(len(plans), 1)
+        end = time.monotonic() + _MOST_OVERRUN * budget_s
         for plan in plans:
-            self._guarded(plan, lambda plan=plan: plan.estimate(share_s / _TURNS))
+            self._guarded(plan, partial(plan.estimate, share_s / _TURNS))
         for turn in range(_TURNS):
             for plan in plans:
-                if not plan.entry.reason and (turn < _FEWEST_TURNS or plan.spent_s < share_s):
+                is_due = turn < _FEWEST_TURNS or plan.spent_s < share_s
+                if is_due and (not turn or time.monotonic() < end):
                     self._guarded(plan, plan.take_turn)
         for plan in plans:
-            if not plan.entry.reason:
-                self._guarded(plan, plan.close)
+            self._guarded(plan, plan.close)
         return CellResult(operation, cell, entries)
 
     def _prepare(self, cell: Cell, contestant: Contestant, entry: Entry) -> _Plan | None:
@@ -123,7 +128,7 @@ class Driver:
             raise NotThereError(self._not_there[library])
         if library not in self._sessions:
             try:
-                self._sessions[library] = self._make(library, self._ranks, self._cache)
+                self._sessions[library] = self._make(library, self._ranks)
             except (NotThereError, SessionError) as error:
                 self._not_there[library] = str(error)  # what does not start once will not for the next cell
                 raise NotThereError(str(error)) from error

@@ -1,8 +1,8 @@
 """Dispatch and combine as one writes them without xccl: alltoallv both ways, and numba loops to pack and to sum.
 
-Expanded: one row for each (token, expert), packed in the order of experts, those of the rank itself included. The counts
-go first, [ranks, local experts]. The rows come grouped by source and within a source by expert; xccl groups them by
-expert, so it does more.
+Expanded: one row for each (token, expert), packed in the order of experts, those of the rank itself included. The
+counts go first, [ranks, local experts]. The rows come grouped by source and within a source by expert; xccl groups
+them by expert, so it does more.
 
 Deduplicated ("dedup"): one row for each (token, rank), with the token's experts and weights behind it. What comes back
 is one row for each, already summed over the experts of that rank; the sums over the ranks are left to do.
@@ -21,7 +21,7 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
-from bench.peers.work import Array, Work, page_aligned, repeat
+from bench.peers.work import Array, Cell, Work, page_aligned, repeat
 from xccl.protocol.routing import make_routing
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -33,13 +33,18 @@ _SLOT_BYTES = 8
 
 @dataclass(frozen=True)
 class Shape:
-    """That of the published figures: DeepSeek-R1's layer, but for the number of experts."""
+    """Of a layer; 8 experts for each token, since one loop is written for that."""
 
     ranks: int
     tokens: int
-    hidden: int = 7168
-    experts: int = 32
+    hidden: int
+    experts: int
     topk: int = 8
+
+    @classmethod
+    def of(cls, cell: Cell) -> Shape:
+        """Of a cell of the table."""
+        return cls(cell.ranks, cell.size, cell.hidden, cell.experts)
 
     @property
     def local_experts(self) -> int:
@@ -142,13 +147,14 @@ def pack_expanded(x: Any, topk_idx: Any, cursor: Any, out: Any, row_of: Any) -> 
 
 @_JIT
 def _f32(bits: Any) -> Any:
-    return (np.uint32(bits) << np.uint32(16)).view(np.float32)
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)  # a shift gives 64 bits
 
 
 @_JIT
 def _bf16(value: Any) -> Any:
     bits = np.float32(value).view(np.uint32)
-    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
 
 @_JIT
@@ -200,7 +206,7 @@ def pack_dedup(
             for j in range(hidden):
                 place[j] = token[j]
             for slot in range(topk):
-                expert, weight = np.uint32(topk_idx[t, slot]), weights[t, slot].view(np.uint32)
+                expert, weight = np.uint32(topk_idx[t, slot]), np.float32(weights[t, slot]).view(np.uint32)
                 at = hidden + 4 * slot
                 place[at], place[at + 1] = np.uint16(expert), np.uint16(expert >> np.uint32(16))
                 place[at + 2], place[at + 3] = np.uint16(weight), np.uint16(weight >> np.uint32(16))

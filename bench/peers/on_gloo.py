@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from bench.peers.moe import Moe, Shape
-from bench.peers.work import Array, Library, NotComparableError, Work, collective, one_way, ping_pong, reduction
+from bench.peers.work import Array, Cell, Library, NotComparableError, Work, collective, one_way, ping_pong, reduction
 
 _START_TIMEOUT_S = 60
 
@@ -81,9 +81,9 @@ class Gloo(Library):
             lambda x, out: dist.all_to_all_single(_tensor(out), _tensor(x), counts, counts),
         )  # fmt: skip
 
-    def moe(self, tokens: int, variant: str) -> Work:
+    def moe(self, cell: Cell, variant: str) -> Work:
         """all_to_all_single and numba."""
-        return Moe(self, Shape(self.size, tokens), variant).work()
+        return Moe(self, Shape.of(cell), variant).work()
 
     def exchange_counts(self, send: Array, recv: Array) -> None:
         """Without splits."""
@@ -97,5 +97,5 @@ class Gloo(Library):
 
 
 def _tensor(array: Array) -> Any:
-    """The same memory; 16-bit elements as int16, which every version of torch can move."""
-    return torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
+    """The same memory; 16-bit elements as float16, the only ones that gloo moves."""
+    return torch.from_numpy(array.view(np.float16) if array.dtype == np.uint16 else array)

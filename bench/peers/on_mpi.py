@@ -13,6 +13,7 @@ from mpi4py import MPI
 from bench.peers.moe import Moe, Shape
 from bench.peers.work import (
     Array,
+    Cell,
     Library,
     Work,
     collective,
@@ -147,9 +148,9 @@ class Mpi(Library):
 
         return collective(self.rank, self.size, "alltoallv", n_bytes, run)
 
-    def moe(self, tokens: int, variant: str) -> Work:
+    def moe(self, cell: Cell, variant: str) -> Work:
         """Alltoallv and numba."""
-        return Moe(self, Shape(self.size, tokens), variant).work()
+        return Moe(self, Shape.of(cell), variant).work()
 
     def exchange_counts(self, send: Array, recv: Array) -> None:
         """Alltoall of int32."""

@@ -18,6 +18,7 @@ import numpy as np
 from bench.peers.moe import Moe, Shape
 from bench.peers.work import (
     Array,
+    Cell,
     Library,
     Work,
     collective,
@@ -181,9 +182,9 @@ class Multiprocessing(Library):
 
     alltoallv = alltoall
 
-    def moe(self, tokens: int, variant: str) -> Work:
+    def moe(self, cell: Cell, variant: str) -> Work:
         """Shared memory and numba."""
-        return Moe(self, Shape(self.size, tokens), variant).work()
+        return Moe(self, Shape.of(cell), variant).work()
 
     def exchange_counts(self, send: Array, recv: Array) -> None:
         """Through the places for counts."""

@@ -12,6 +12,7 @@ import xccl
 from bench.peers.moe import BF16, Inputs, Shape, as_bits, as_float, expert_factor, rows_of
 from bench.peers.work import (
     Array,
+    Cell,
     Library,
     NotComparableError,
     Work,
@@ -141,9 +142,7 @@ class Xccl(Library):
         """Into an array of the caller's."""
         call = self._collective("allgather")
         shape = (self.size, n_bytes)
-        return collective(
-            self.rank, self.size, "allgather", n_bytes, lambda x, out: call(x, out=out.reshape(shape))
-        )
+        return collective(self.rank, self.size, "allgather", n_bytes, lambda x, out: call(x, out=out.reshape(shape)))
 
     def alltoall(self, n_bytes: int) -> Work:
         """Into an array of the caller's."""
@@ -166,9 +165,9 @@ class Xccl(Library):
             raise NotComparableError(f"this version of xccl has no {name}")
         return method
 
-    def moe(self, tokens: int, variant: str) -> Work:
+    def moe(self, cell: Cell, variant: str) -> Work:
         """ExpertParallel."""
-        shape = Shape(self.size, tokens)
+        shape = Shape.of(cell)
         ep = self._expert_parallel(shape, **_MOE[variant])
         inputs, is_dedup = Inputs.of(shape, self.rank), variant == "dedup"
         x, topk_idx, weights = inputs.x.view(BF16), inputs.topk_idx, inputs.weights

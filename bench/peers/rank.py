@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import socket
 import sys
 import traceback
@@ -38,7 +39,8 @@ def serve(library: Library, address: str) -> None:
     while True:
         try:
             order, *arguments = connection.recv()
-        except EOFError:
+        except EOFError:  # the driver is gone, and cannot clean up any more
+            shutil.rmtree(Path(address).parent, ignore_errors=True)
             return
         if order == "exit":
             connection.send(("exit",))
@@ -47,14 +49,15 @@ def serve(library: Library, address: str) -> None:
             answer = _obey(library, prepared, order, arguments)
         except NotComparableError as error:
             answer = ("not comparable", str(error))
-        except Exception:
-            # The other ranks may be in the middle of this operation: the driver ends them all.
+        except Exception:  # noqa: BLE001 - whatever it is, the driver has to hear of it and end the other ranks
             answer = ("failed", traceback.format_exc())
         connection.send(answer)
         gc.collect()
 
 
-def _obey(library: Library, prepared: dict[tuple[Cell, str], Work], order: str, arguments: list[Any]) -> tuple[Any, ...]:
+def _obey(
+    library: Library, prepared: dict[tuple[Cell, str], Work], order: str, arguments: list[Any]
+) -> tuple[Any, ...]:
     cell, variant, *numbers = arguments
     if order == "prepare":
         work = prepared[cell, variant] = library.work(cell, variant)

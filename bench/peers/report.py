@@ -32,12 +32,12 @@ class Line:
 
     @property
     def ours(self) -> Entry:
-        """xccl's."""
+        """The entry of xccl."""
         return self.result.entries[Contestant(XCCL, self.comparison.ours)]
 
     @property
     def theirs(self) -> Entry:
-        """The peer's."""
+        """The entry of the peer."""
         return self.result.entries[Contestant(self.peer, self.comparison.theirs)]
 
     @property
@@ -49,12 +49,12 @@ class Line:
         operation, cell = self.result.operation, self.result.cell
         interval = f"{self.ratio.value:.2f} [{self.ratio.low:.2f}, {self.ratio.high:.2f}]" if self.ratio else "-"
         target = f"{self.limit:.2f} {self.verdict}" if self.limit is not None else ""
-        wrong = "".join(
-            f"  {name}: {entry.wrong} WRONG" for name, entry in (("xccl", self.ours), ("peer", self.theirs)) if entry.wrong
-        )
+        pair = (("xccl", self.ours), ("peer", self.theirs))
+        wrong = "".join(f"  {name}: {entry.wrong} WRONG" for name, entry in pair if entry.wrong)
+        peer = str(Contestant(self.peer, self.comparison.theirs))
         return (
             f"{operation.title:36} {cell.ranks:5} {size_name(cell):>10}  {self.comparison.ours:8} {_us(self.ours):>9}  "
-            f"{Contestant(self.peer, self.comparison.theirs)!s:24} {_us(self.theirs):>9}  {interval:>26}  {target}{wrong}"
+            f"{peer:24} {_us(self.theirs):>9}  {interval:>26}  {target}{wrong}"
         ).rstrip()
 
 
@@ -83,11 +83,10 @@ def _lines(result: CellResult, comparison: Comparison) -> Iterator[Line]:
 def closing(results: Sequence[CellResult]) -> list[str]:
     """What the table does not say: targets counted, what has no figure and why, what cannot be compared."""
     counts = Counter(line.verdict for result in results for line in lines_of(result) if line.verdict)
-    lines = [
-        f"targets: {counts['met']} met, {counts['missed']} missed, {counts['unsure']} unsure (the limit is in the interval)"
-    ]
+    met, missed, unsure = (counts[verdict] for verdict in ("met", "missed", "unsure"))
+    lines = [f"targets: {met} met, {missed} missed, {unsure} unsure (the limit lies in the interval)"]
     reasons: dict[tuple[str, str, str], list[str]] = {}
-    notes: dict[str, list[str]] = {}
+    notes: dict[str, None] = {}
     for result in results:
         where = f"{result.cell.ranks} ranks" if result.cell.op == "barrier" else size_name(result.cell)
         for contestant, entry in result.entries.items():
@@ -95,7 +94,7 @@ def closing(results: Sequence[CellResult]) -> list[str]:
                 key = (str(contestant), result.operation.op, entry.reason)
                 reasons.setdefault(key, []).append(f"{where} on {result.cell.ranks}")
             elif entry.note:
-                notes.setdefault(f"{contestant}, {result.operation.op}: {entry.note}", [])
+                notes[f"{contestant}, {result.operation.op}: {entry.note}"] = None
     for (contestant_name, op, reason), cells in reasons.items():
         seen = cells[0] if len(cells) == 1 else f"{len(cells)} cells"
         lines.append(f"no figure: {contestant_name}, {op} ({seen}): {reason}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,15 +11,17 @@ from pathlib import Path
 from typing import Final
 
 from bench.peers import report
-from bench.peers.driver import CellResult, Driver
+from bench.peers.driver import CellResult, Driver, Entry
 from bench.peers.moe import compile_loops
 from bench.peers.table import XCCL, Contestant, Operation
 from bench.peers.work import Cell
 from xccl.cli.environment import environment
 
-#: What a cell costs beyond its turns: data, checks, estimates. A guess, corrected by the clock as cells go by.
 _MOST_CELL_S: Final = 8.0
 _LEAST_CELL_S: Final = 0.5
+#: The part of a cell's time that is for turns; the rest is data, checks and estimates. The clock corrects this guess.
+_TURNS_PART: Final = 0.7
+_NO_TIME: Final = "no time was left: give it more --minutes"
 
 
 @dataclass
@@ -58,21 +59,24 @@ def run(plan: Plan) -> list[CellResult]:
     cells = sorted(plan.cells, key=lambda pair: pair[1].ranks)  # one number of ranks after the other
     say_machine(plan.say)
     plan.say(report.HEADER)
-    with tempfile.TemporaryDirectory(prefix="xccl-peers-cache-") as folder:
-        if any(cell.op == "moe" for _, cell in cells):
-            _compile(Path(folder))
-        for ranks in dict.fromkeys(cell.ranks for _, cell in cells):
-            with Driver(ranks, Path(folder)) as driver:
-                for operation, cell in cells:
-                    if cell.ranks != ranks:
-                        continue
-                    left_s = plan.limit_s - (time.monotonic() - begin)
-                    budget_s = min(max(0.7 * left_s / (len(cells) - len(results)), _LEAST_CELL_S), _MOST_CELL_S)
-                    result = driver.measure(operation, cell, plan.contestants(operation), budget_s)
-                    results.append(result)
-                    for line in report.lines_of(result):
-                        plan.say(str(line))
-                plan.versions |= driver.versions
+    if any(cell.op == "moe" for _, cell in cells):
+        compile_loops()
+    for ranks in dict.fromkeys(cell.ranks for _, cell in cells):
+        with Driver(ranks) as driver:
+            for operation, cell in cells:
+                if cell.ranks != ranks:
+                    continue
+                left_s = plan.limit_s - (time.monotonic() - begin)
+                contestants = plan.contestants(operation)
+                if left_s > 0:
+                    budget_s = min(max(_TURNS_PART * left_s / (len(cells) - len(results)), _LEAST_CELL_S), _MOST_CELL_S)
+                    result = driver.measure(operation, cell, contestants, budget_s)
+                else:
+                    result = CellResult(operation, cell, {c: Entry(reason=_NO_TIME) for c in contestants})
+                results.append(result)
+                for line in report.lines_of(result):
+                    plan.say(str(line))
+            plan.versions |= driver.versions
     for line in report.closing(results):
         plan.say(line)
     versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
@@ -95,15 +99,3 @@ def say_machine(say: Callable[[str], None]) -> None:
 def write_json(path: Path, results: Sequence[CellResult], versions: dict[str, str], command: Sequence[str]) -> None:
     """Write all figures."""
     path.write_text(json.dumps(report.to_json(results, versions, command), indent=2) + "\n")
-
-
-def _compile(folder: Path) -> None:
-    """Fill the cache that ranks load the peers' loops from, in a process of its own: it is bound to the folder."""
-    import numba
-
-    before = numba.config.CACHE_DIR
-    try:
-        numba.config.CACHE_DIR = str(folder)
-        compile_loops()
-    finally:
-        numba.config.CACHE_DIR = before

