@@ -5,13 +5,16 @@
 
 The parts, from what is compared to how:
 
+    names       of libraries
     table       cells (operation, size, ranks), who takes part in each, and the targets
     work        what a library is asked to do in a cell; what cannot be compared says why
+    collectives what is given and expected in a collective
+    floor       the same bytes copied and nothing else, as one more that takes turns: the roofline
     on_xccl, on_mpi, on_gloo, on_multiprocessing      the cells in each library
     moe         dispatch and combine by alltoallv and numba, for libraries that have only that
     rank        what each rank runs: take orders from the driver, measure, answer
     session     the ranks of one library: starting them, talking to them, ending them by process id
-    driver      turns: every library measures a little, again and again, so that noise of the machine hits all of them
+    driver      rounds: every library measures a little, again and again, so that noise of the machine hits all of them
     statistics  medians, ratios and their bootstrap intervals
     report      lines and JSON
     published   figures measured elsewhere, for `bench.figures`

@@ -5,26 +5,41 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from bench.peers.names import PEERS
 from bench.peers.run import Plan, run, write_json
 from bench.peers.session import NotThereError, require
-from bench.peers.table import OPERATIONS, PEERS, size_name
+from bench.peers.table import OPERATIONS, size_name
+from bench.peers.work import Cell
+from xccl.cli.parsing import parse_bytes
+
+_THERE = "there"
 
 
 def main() -> int:
-    """Measure, print, and write JSON if asked; exit status 1 if a result was wrong or a library failed."""
+    """Measure, print, and write JSON if asked; exit status 1 after wrong results or failures, 2 with no peer there."""
     args = _parser().parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
-    chosen = [operation for operation in OPERATIONS if operation.op in args.only]
-    cells = [(operation, cell) for operation in chosen for cell in operation.cells() if cell.ranks in args.ranks]
+    cells = [
+        (operation, replace(cell, hidden=args.hidden, experts=args.experts))
+        for operation in OPERATIONS
+        if operation.op in args.only
+        for cell in operation.cells(args.ranks, args.sizes)
+        if operation.ways(cell, args.way)
+    ]
     if args.list:
         for operation, cell in cells:
             print(f"{operation.op:12} {cell.ranks} ranks  {size_name(cell):>10}  {operation.title}")
         for peer, what in PEERS.items():
             print(f"{peer:16} {what}: {_state(peer)}")
         return 0
+    missing = [_state(peer) for peer in args.peer if _state(peer) != _THERE]
+    if len(missing) == len(args.peer):
+        print("\n".join(missing), file=sys.stderr)
+        return 2
     plan = Plan(cells, args.peer, 60 * args.minutes, tuple(args.way), say=lambda line: print(line, flush=True))
     results = run(plan)
     if args.json is not None:
@@ -43,16 +58,21 @@ def _state(peer: str) -> str:
         require(peer)
     except NotThereError as error:
         return str(error)
-    return "there"
+    return _THERE
 
 
 def _parser() -> argparse.ArgumentParser:
-    ops, ways = [operation.op for operation in OPERATIONS], [c.ours for c in OPERATIONS[-1].comparisons]
+    ops = [operation.op for operation in OPERATIONS]
+    ways = list(dict.fromkeys(way.ours for operation in OPERATIONS for way in operation.comparisons if way.ours))
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=ops, default=ops, metavar="OP", help=f"of {', '.join(ops)}")
     parser.add_argument("--peer", nargs="+", choices=tuple(PEERS), default=list(PEERS), help="those beside xccl")
-    parser.add_argument("--ranks", nargs="+", type=int, choices=(2, 4, 8), default=[2, 4, 8])
-    parser.add_argument("--way", nargs="+", choices=ways, default=[], help="of xccl's MoE (default: all)")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4, 8], help="(default: 2 4 8)")
+    parser.add_argument("--sizes", nargs="+", type=parse_bytes, default=[], metavar="SIZE",
+                        help="bytes, such as 64K, or tokens; other than those of the table")  # fmt: skip
+    parser.add_argument("--way", nargs="+", choices=ways, default=[], help="of xccl (default: all)")
+    parser.add_argument("--hidden", type=int, default=Cell.hidden, help=f"of MoE (default: {Cell.hidden})")
+    parser.add_argument("--experts", type=int, default=Cell.experts, help=f"of MoE (default: {Cell.experts})")
     parser.add_argument("--minutes", type=float, default=11.0, help="time for all of it (default: 11)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, those of each turn included")
     parser.add_argument("--list", action="store_true", help="list the cells, and which libraries are there")

@@ -1,11 +1,14 @@
-"""Turns: in a cell, every library measures a little, then the next one, again and again.
+"""Rounds: in a cell, every library measures a little, then the next one, again and again.
 
 Noise of a machine comes in bursts that last longer than a turn: so it hits all libraries alike, and a ratio of their
-medians means something where the medians do not. A turn is some blocks of operations, its figure the median of the
-blocks, a block's figure the mean of its operations at the slowest rank.
+medians means something where the medians do not. A turn is some blocks of operations, a block's figure the mean of its
+operations at the slowest rank, a turn's the median of its blocks.
 
-A cell has a budget of time. It is divided among those that take part; one whose single operations take longer than its
-share gets few turns: at least three, or one if the whole cell takes far longer than its budget.
+Where each rank has a core, the kernel tells whether another process took it away during a block. Such a block measured
+the other process. If a turn has others, it does not count; if not, the turn says so.
+
+A cell has a budget of time, for as many rounds as it allows; at least three, or one if that takes several times as
+long. All that take part do so in every round, so figures of a round belong together.
 """
 
 from __future__ import annotations
@@ -20,14 +23,17 @@ from typing import Final
 from bench.peers.session import NotThereError, Session, SessionError
 from bench.peers.statistics import median
 from bench.peers.table import Contestant, Operation
-from bench.peers.work import Cell
+from bench.peers.work import Block, Cell
 
-_TURNS: Final = 20
-_FEWEST_TURNS: Final = 3
+#: A turn is made so short that the budget is enough for so many.
+_ROUNDS: Final = 20
+_MOST_ROUNDS: Final = 60
+_FEWEST_ROUNDS: Final = 3
 #: A cell that has taken so many times its budget is over.
-_MOST_OVERRUN: Final = 2.0
-_BLOCK_S: Final = 2e-3
-_MOST_BLOCKS: Final = 9
+_MOST_OVERRUN: Final = 4.0
+_BLOCK_S: Final = 5e-4
+_MOST_BLOCKS: Final = 16
+_MOST_OPERATIONS: Final = 1 << 14
 _PREPARE_TIMEOUT_S: Final = 60.0
 _CLOSE_TIMEOUT_S: Final = 20.0
 #: Above what a block should take: an operation that others hold up for so long is not worth waiting for.
@@ -40,12 +46,14 @@ class Entry:
 
     Attributes:
         turns_us: the figure of each turn, in microseconds an operation.
+        disturbed: turns in which no block was undisturbed.
         wrong: wrong elements of the checked operation, or None.
         note: what to know of the figure.
         reason: why there is no figure.
     """
 
     turns_us: list[float] = field(default_factory=list)
+    disturbed: int = 0
     wrong: int | None = None
     note: str = ""
     reason: str = ""
@@ -92,16 +100,20 @@ class Driver:
     ) -> CellResult:
         """Measure a cell."""
         entries = {contestant: Entry() for contestant in contestants}
+        for library in dict.fromkeys(contestant.library for contestant in entries):
+            with suppress(NotThereError):  # its entries will say so
+                self._session(library)
+        begin = time.monotonic()
         plans = [plan for contestant, entry in entries.items() if (plan := self._prepare(cell, contestant, entry))]
-        share_s = budget_s / max(len(plans), 1)
-        end = time.monotonic() + _MOST_OVERRUN * budget_s
+        turn_s = budget_s / max(len(plans), 1) / _ROUNDS
         for plan in plans:
-            self._guarded(plan, partial(plan.estimate, share_s / _TURNS))
-        for turn in range(_TURNS):
+            self._guarded(plan, partial(plan.estimate, turn_s))
+        for done in range(_MOST_ROUNDS):
+            spent_s = time.monotonic() - begin
+            if spent_s > (budget_s if done >= _FEWEST_ROUNDS else _MOST_OVERRUN * budget_s) and done:
+                break
             for plan in plans:
-                is_due = turn < _FEWEST_TURNS or plan.spent_s < share_s
-                if is_due and (not turn or time.monotonic() < end):
-                    self._guarded(plan, plan.take_turn)
+                self._guarded(plan, plan.take_turn)
         for plan in plans:
             self._guarded(plan, plan.close)
         return CellResult(operation, cell, entries)
@@ -119,8 +131,8 @@ class Driver:
             if isinstance(prepared, str):
                 entry.reason = f"not comparable: {prepared}"
             else:
-                entry.wrong, entry.note = prepared
-                return _Plan(session, cell, contestant, entry)
+                entry.wrong, entry.note = prepared.wrong, prepared.note
+                return _Plan(session, cell, contestant, entry, prepared.per_operation)
         return None
 
     def _session(self, library: str) -> Session:
@@ -158,34 +170,33 @@ class _Plan:
     cell: Cell
     contestant: Contestant
     entry: Entry
+    per_operation: float
     operations: int = 1
     blocks: int = 1
-    spent_s: float = 0.0
 
     def estimate(self, turn_s: float) -> None:
         """Find out how many operations make a block, and how many blocks a turn."""
-        operation_s = self._time(1, 1)
-        while operation_s * self.operations < _BLOCK_S and self.operations < 1 << 16:
-            self.operations *= 4
-            operation_s = self._time(self.operations, 1)
-        self.operations = max(1, min(self.operations, round(_BLOCK_S / operation_s)))
-        self.blocks = max(1, min(_MOST_BLOCKS, int(turn_s / (operation_s * self.operations))))
+        block_s = self._fastest_block_s()
+        while block_s < _BLOCK_S / 2 and self.operations < _MOST_OPERATIONS:
+            self.operations *= min(8, max(2, round(_BLOCK_S / block_s)))
+            block_s = self._fastest_block_s()
+        self.blocks = max(1, min(_MOST_BLOCKS, int(turn_s / block_s)))
 
     def take_turn(self) -> None:
         """Measure one turn."""
-        begin = time.monotonic()
-        times_s = self.session.time(
-            self.cell, self.contestant.variant, self.operations, self.blocks, _BLOCK_TIMEOUT_S * self.blocks
-        )
-        self.entry.turns_us.append(1e6 * median(times_s))
-        self.spent_s += time.monotonic() - begin
+        blocks = self._time(self.blocks)
+        undisturbed = [block.operation_s for block in blocks if not block.is_disturbed]
+        self.entry.disturbed += not undisturbed
+        operation_s = median(undisturbed or [block.operation_s for block in blocks])
+        self.entry.turns_us.append(1e6 * operation_s * self.per_operation)
 
     def close(self) -> None:
         """Give back what was prepared."""
         self.session.close_work(self.cell, self.contestant.variant, _CLOSE_TIMEOUT_S)
 
-    def _time(self, operations: int, blocks: int) -> float:
-        """Seconds from order to answer, for each operation: more than the operation, so estimates are safe."""
-        begin = time.monotonic()
-        self.session.time(self.cell, self.contestant.variant, operations, blocks, _BLOCK_TIMEOUT_S)
-        return (time.monotonic() - begin) / operations / blocks
+    def _fastest_block_s(self) -> float:
+        return max(min(block.operation_s for block in self._time(3)) * self.operations, 1e-7)
+
+    def _time(self, blocks: int) -> list[Block]:
+        variant, timeout_s = self.contestant.variant, _BLOCK_TIMEOUT_S * blocks
+        return self.session.time(self.cell, variant, self.operations, blocks, timeout_s)

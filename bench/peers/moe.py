@@ -52,6 +52,13 @@ class Shape:
         return self.experts // self.ranks
 
 
+def routing_of(shape: Shape, rank: int) -> npt.NDArray[np.int64]:
+    """[tokens, topk] experts of the tokens of a rank; the same for every library."""
+    return make_routing(
+        "uniform", tokens=shape.tokens, experts=shape.experts, topk=shape.topk, seed=0, rank=rank, ranks=shape.ranks
+    )
+
+
 class Exchange(Protocol):
     """What a library has to offer."""
 
@@ -79,10 +86,7 @@ class Inputs:
         rng = np.random.default_rng((0, rank))
         x = rows_of(shape.tokens, shape.hidden)
         x[:] = rng.standard_normal(x.shape, np.float32).astype(BF16).view(np.uint16)
-        idx = make_routing(
-            "uniform", tokens=shape.tokens, experts=shape.experts, topk=shape.topk, seed=0, rank=rank, ranks=shape.ranks
-        )
-        return cls(x, idx, rng.random((shape.tokens, shape.topk), np.float32))
+        return cls(x, routing_of(shape, rank), rng.random((shape.tokens, shape.topk), np.float32))
 
     def count_wrong(self, y: Array, shape: Shape, tolerance: float) -> int:
         """Elements of a combined result that are not the weighted sum of what `expert_factor` makes of the tokens.

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from bench.peers.collectives import Call, collective
 from bench.peers.moe import Moe, Shape
-from bench.peers.work import Array, Cell, Library, NotComparableError, Work, collective, one_way, ping_pong, reduction
+from bench.peers.work import Array, Cell, Library, NotComparableError, Work, one_way, ping_pong
 
 _START_TIMEOUT_S = 60
 
@@ -30,7 +31,7 @@ class Gloo(Library):
         self.rank, self.size, self.version = rank, ranks, f"torch {version('torch')}"
         self.barrier = dist.barrier
 
-    def send_recv(self, n_bytes: int) -> Work:
+    def sendrecv(self, n_bytes: int) -> Work:
         """Blocking send and recv."""
         peer = 1 - self.rank
         return ping_pong(
@@ -56,30 +57,25 @@ class Gloo(Library):
 
     put = put_signal
 
-    def allreduce(self, n_bytes: int) -> Work:
-        """In place: gloo has no other."""
-        return reduction(self.rank, self.size, n_bytes, lambda _, out: dist.all_reduce(_tensor(out)))
+    def collective(self, op: str, n_bytes: int, variant: str) -> Work:
+        """The function of that name; allreduce is in place, there is no other."""
+        size, root = self.size, self.rank == 0
+        counts = [n_bytes] * size
 
-    def allgather(self, n_bytes: int) -> Work:
-        """Into one tensor."""
-        return collective(
-            self.rank, self.size, "allgather", n_bytes,
-            lambda x, out: dist.all_gather_into_tensor(_tensor(out), _tensor(x)),
-        )  # fmt: skip
+        def parts(array: Array) -> Any:
+            return list(_tensor(array).chunk(size)) if root else None
 
-    def alltoall(self, n_bytes: int) -> Work:
-        """all_to_all_single without splits."""
-        return collective(
-            self.rank, self.size, "alltoall", n_bytes, lambda x, out: dist.all_to_all_single(_tensor(out), _tensor(x))
-        )
-
-    def alltoallv(self, n_bytes: int) -> Work:
-        """all_to_all_single with splits."""
-        counts = [n_bytes] * self.size
-        return collective(
-            self.rank, self.size, "alltoallv", n_bytes,
-            lambda x, out: dist.all_to_all_single(_tensor(out), _tensor(x), counts, counts),
-        )  # fmt: skip
+        calls: dict[str, Call] = {
+            "allreduce": lambda _, out: dist.all_reduce(_tensor(out)),
+            "allgather": lambda x, out: dist.all_gather_into_tensor(_tensor(out), _tensor(x)),
+            "alltoall": lambda x, out: dist.all_to_all_single(_tensor(out), _tensor(x)),
+            "alltoallv": lambda x, out: dist.all_to_all_single(_tensor(out), _tensor(x), counts, counts),
+            "reduce-scatter": lambda x, out: dist.reduce_scatter_tensor(_tensor(out), _tensor(x)),
+            "broadcast": lambda x, _: dist.broadcast(_tensor(x), 0),
+            "gather": lambda x, out: dist.gather(_tensor(x), parts(out), 0),
+            "scatter": lambda x, out: dist.scatter(_tensor(out), parts(x), 0),
+        }
+        return collective(self.rank, size, op, n_bytes, calls[op])
 
     def moe(self, cell: Cell, variant: str) -> Work:
         """all_to_all_single and numba."""

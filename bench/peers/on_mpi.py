@@ -10,19 +10,18 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from bench.peers.collectives import Call, collective
 from bench.peers.moe import Moe, Shape
 from bench.peers.work import (
     Array,
     Cell,
     Library,
     Work,
-    collective,
     count_wrong,
     one_way,
     page_aligned,
     pattern,
     ping_pong,
-    reduction,
     repeat,
     window_of,
 )
@@ -41,7 +40,7 @@ class Mpi(Library):
         self.version = f"{version(package)}, mpi4py {version('mpi4py')}"
         self.barrier = self.comm.Barrier
 
-    def send_recv(self, n_bytes: int) -> Work:
+    def sendrecv(self, n_bytes: int) -> Work:
         """Blocking Send and Recv."""
         send, recv, peer = self.comm.Send, self.comm.Recv, 1 - self.rank
         return ping_pong(self.rank, n_bytes, lambda source: send(source, peer), lambda out: recv(out, peer))
@@ -124,29 +123,22 @@ class Mpi(Library):
 
         return Work(repeat(puts), check, 1 / count, window.free)
 
-    def allreduce(self, n_bytes: int) -> Work:
-        """Allreduce of floats."""
-        call = self.comm.Allreduce
-        return reduction(self.rank, self.size, n_bytes, lambda x, out: call(x, out, MPI.SUM))
-
-    def allgather(self, n_bytes: int) -> Work:
-        """Allgather."""
-        return collective(self.rank, self.size, "allgather", n_bytes, self.comm.Allgather)
-
-    def alltoall(self, n_bytes: int) -> Work:
-        """Alltoall."""
-        return collective(self.rank, self.size, "alltoall", n_bytes, self.comm.Alltoall)
-
-    def alltoallv(self, n_bytes: int) -> Work:
-        """Alltoallv with equal counts."""
+    def collective(self, op: str, n_bytes: int, variant: str) -> Work:
+        """The function of that name; of alltoallv with equal counts."""
+        comm, root = self.comm, self.rank == 0
         counts = [n_bytes] * self.size
         places = [n_bytes * peer for peer in range(self.size)]
-        call = self.comm.Alltoallv
-
-        def run(x: Array, out: Array) -> None:
-            call([x, counts, places, MPI.BYTE], [out, counts, places, MPI.BYTE])
-
-        return collective(self.rank, self.size, "alltoallv", n_bytes, run)
+        calls: dict[str, Call] = {
+            "allreduce": lambda x, out: comm.Allreduce(x, out, MPI.SUM),
+            "allgather": comm.Allgather,
+            "alltoall": comm.Alltoall,
+            "alltoallv": lambda x, out: comm.Alltoallv([x, counts, places, MPI.BYTE], [out, counts, places, MPI.BYTE]),
+            "reduce-scatter": lambda x, out: comm.Reduce_scatter_block(x, out, MPI.SUM),
+            "broadcast": lambda x, _: comm.Bcast(x),
+            "gather": lambda x, out: comm.Gather(x, out if root else None),
+            "scatter": lambda x, out: comm.Scatter(x if root else None, out),
+        }
+        return collective(self.rank, self.size, op, n_bytes, calls[op])
 
     def moe(self, cell: Cell, variant: str) -> Work:
         """Alltoallv and numba."""

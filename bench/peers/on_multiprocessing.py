@@ -15,19 +15,18 @@ from typing import Any
 
 import numpy as np
 
+from bench.peers.collectives import collective
 from bench.peers.moe import Moe, Shape
 from bench.peers.work import (
     Array,
     Cell,
     Library,
     Work,
-    collective,
     count_wrong,
     one_way,
     page_aligned,
     pattern,
     ping_pong,
-    reduction,
     repeat,
     window_of,
 )
@@ -49,18 +48,14 @@ class Shared:
         self.memory = mmap.mmap(-1, ranks * (_PLACE_BYTES + _COUNTS_BYTES))
 
 
-def start(ranks: int, main: Callable[[Library], None]) -> None:
-    """Run `main` in so many forked processes, and wait for them."""
+def start(ranks: int, main: Callable[[Shared, int], None]) -> None:
+    """Run `main` in so many forked processes with what they share and their number, and wait for them."""
     shared = Shared(ranks)
-    processes = [_FORK.Process(target=_run, args=(shared, rank, main)) for rank in range(ranks)]
+    processes = [_FORK.Process(target=main, args=(shared, rank)) for rank in range(ranks)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-
-
-def _run(shared: Shared, rank: int, main: Callable[[Library], None]) -> None:
-    main(Multiprocessing(shared, rank))
 
 
 class Multiprocessing(Library):
@@ -75,7 +70,7 @@ class Multiprocessing(Library):
         self.counts = memory[end:].reshape(self.size, _COUNTS_BYTES)
         self.barrier = shared.barrier.wait
 
-    def send_recv(self, n_bytes: int) -> Work:
+    def sendrecv(self, n_bytes: int) -> Work:
         """Bytes through a Pipe."""
         pipe = self.shared.pipe[min(self.rank, 1)]
         return ping_pong(self.rank, n_bytes, pipe.send_bytes, pipe.recv_bytes_into)
@@ -142,45 +137,53 @@ class Multiprocessing(Library):
 
         return Work(repeat(puts), check, 1 / window, note="NumPy copy to shared memory")
 
-    def allreduce(self, n_bytes: int) -> Work:
-        """Everyone sums everything."""
-        places = self.places[:, :n_bytes].view(np.float32)
+    def collective(self, op: str, n_bytes: int, variant: str) -> Work:
+        """Who gives writes into its place, all meet, everyone reads what it gets, all meet."""
+        mine = slice(self.rank * n_bytes, (self.rank + 1) * n_bytes)
+        heads, parts = self.places[:, :n_bytes], self.places[:, mine]
+        by_rank = (self.size, n_bytes)
+
+        def read_all(out: Array) -> None:
+            out.reshape(by_rank)[:] = heads
+
+        def read_parts(out: Array) -> None:
+            out.reshape(by_rank)[:] = parts
+
+        def read_if_root(out: Array) -> None:
+            if self.rank == 0:
+                read_all(out)
+
+        def read_first(out: Array) -> None:
+            if self.rank:
+                out[:] = heads[0]
+
+        def read_part_of_first(out: Array) -> None:
+            out[:] = parts[0]
+
+        def add(places: Array) -> Callable[[Array], object]:
+            floats = places.view(np.float32)
+            return lambda out: np.sum(floats, axis=0, out=out)
+
+        read: Callable[[Array], object] = {
+            "allreduce": add(heads),
+            "allgather": read_all,
+            "alltoall": read_parts,
+            "alltoallv": read_parts,
+            "reduce-scatter": add(parts),
+            "broadcast": read_first,
+            "gather": read_if_root,
+            "scatter": read_part_of_first,
+        }[op]
+        gives = self.rank == 0 or op not in ("broadcast", "scatter")
 
         def call(x: Array, out: Array) -> None:
-            places[self.rank] = x
+            if gives:
+                self.places[self.rank, : x.nbytes].view(x.dtype)[:] = x
             self.barrier()
-            np.sum(places, axis=0, out=out)
-            self.barrier()
-
-        return reduction(self.rank, self.size, n_bytes, call)
-
-    def allgather(self, n_bytes: int) -> Work:
-        """Everyone reads all places."""
-        places, shape = self.places[:, :n_bytes], (self.size, n_bytes)
-
-        def call(x: Array, out: Array) -> None:
-            places[self.rank] = x
-            self.barrier()
-            out.reshape(shape)[:] = places
+            read(out)
             self.barrier()
 
-        return collective(self.rank, self.size, "allgather", n_bytes, call)
-
-    def alltoall(self, n_bytes: int) -> Work:
-        """Everyone reads its part of all places."""
-        size = self.size * n_bytes
-        places, shape = self.places[:, :size], (self.size, n_bytes)
-        parts = places[:, self.rank * n_bytes : (self.rank + 1) * n_bytes]
-
-        def call(x: Array, out: Array) -> None:
-            places[self.rank] = x
-            self.barrier()
-            out.reshape(shape)[:] = parts
-            self.barrier()
-
-        return collective(self.rank, self.size, "alltoall", n_bytes, call)
-
-    alltoallv = alltoall
+        return collective(self.rank, self.size, op, n_bytes, call)
 
     def moe(self, cell: Cell, variant: str) -> Work:
         """Shared memory and numba."""

@@ -4,36 +4,32 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 import xccl
-from bench.peers.moe import BF16, Inputs, Shape, as_bits, as_float, expert_factor, rows_of
+from bench.peers.collectives import Call, collective, plain
+from bench.peers.moe import BF16, Inputs, Shape, as_bits, as_float, expert_factor
+from bench.peers.table import BEST_PROTOCOL, SYMMETRIC
 from bench.peers.work import (
     Array,
     Cell,
     Library,
-    NotComparableError,
     Work,
-    collective,
     count_wrong,
     one_way,
     page_aligned,
     pattern,
     ping_pong,
-    reduction,
     repeat,
     window_of,
 )
 
-#: What the variants of dispatch and combine ask for; the first protocol that this version has.
-_MOE: dict[str, dict[str, Any]] = {
-    "auto": {"quant": "none", "protocol": ("auto", "direct", "pull")},
-    "dedup": {"quant": "none", "protocol": ("auto", "direct", "pull"), "rows": "dedup"},
-    "int8": {"quant": "int8", "protocol": ("auto", "direct", "pull")},
-    "pull": {"quant": "none", "protocol": ("pull",)},
-    "push": {"quant": "none", "protocol": ("push",)},
+#: What the ways of dispatch and combine ask for, other than a protocol by its name.
+_MOE: Final[dict[str, dict[str, str]]] = {
+    "dedup": {"protocol": BEST_PROTOCOL, "rows": "dedup"},
+    "int8": {"protocol": BEST_PROTOCOL, "quant": "int8"},
 }
 
 
@@ -61,7 +57,7 @@ class Xccl(Library):
         self.version = xccl.__version__
         self.barrier = comm.barrier
 
-    def send_recv(self, n_bytes: int) -> Work:
+    def sendrecv(self, n_bytes: int) -> Work:
         """Blocking send and recv through the rings."""
         send, recv, peer = self.comm.send, self.comm.recv, 1 - self.rank
         return ping_pong(self.rank, n_bytes, lambda source: send(source, peer, 0), lambda out: recv(out, peer, 0))
@@ -133,49 +129,43 @@ class Xccl(Library):
 
         return Work(repeat(puts), check, 1 / window, array.free)
 
-    def allreduce(self, n_bytes: int) -> Work:
-        """Into another array."""
-        call = self._collective("allreduce")
-        return reduction(self.rank, self.size, n_bytes, lambda x, out: call(x, "sum", out=out))
+    def collective(self, op: str, n_bytes: int, variant: str) -> Work:
+        """The method of that name, into the caller's array; of alltoallv with what is to come known, as in MPI."""
+        comm, root, by_rank = self.comm, self.rank == 0, (self.size, n_bytes)
+        counts = np.full(self.size, n_bytes)
+        calls: dict[str, Call] = {
+            "allreduce": lambda x, out: comm.allreduce(x, out=out),
+            "allgather": lambda x, out: comm.allgather(x, out=out.reshape(by_rank)),
+            "alltoall": lambda x, out: comm.alltoall(x.reshape(by_rank), out=out.reshape(by_rank)),
+            "alltoallv": lambda x, out: comm.alltoallv(x, counts, out=out, recv_counts=counts),
+            "reduce-scatter": lambda x, out: comm.reduce_scatter(x.reshape(self.size, -1), out=out),
+            "broadcast": lambda x, _: comm.broadcast(x, 0),
+            "gather": lambda x, out: comm.gather(x, 0, out=out.reshape(by_rank) if root else None),
+            "scatter": lambda x, out: comm.scatter(x.reshape(by_rank) if root else None, 0, out=out),
+        }
+        allocate = self._symmetric if variant == SYMMETRIC else plain
+        return collective(self.rank, self.size, op, n_bytes, calls[op], allocate)
 
-    def allgather(self, n_bytes: int) -> Work:
-        """Into an array of the caller's."""
-        call = self._collective("allgather")
-        shape = (self.size, n_bytes)
-        return collective(self.rank, self.size, "allgather", n_bytes, lambda x, out: call(x, out=out.reshape(shape)))
-
-    def alltoall(self, n_bytes: int) -> Work:
-        """Into an array of the caller's."""
-        call = self._collective("alltoall")
-        shape = (self.size, n_bytes)
-        return collective(
-            self.rank, self.size, "alltoall", n_bytes, lambda x, out: call(x.reshape(shape), out=out.reshape(shape))
-        )
-
-    def alltoallv(self, n_bytes: int) -> Work:
-        """With what is to come known, as in MPI."""
-        call, counts = self._collective("alltoallv"), np.full(self.size, n_bytes)
-        return collective(
-            self.rank, self.size, "alltoallv", n_bytes, lambda x, out: call(x, counts, out=out, recv_counts=counts)
-        )
-
-    def _collective(self, name: str) -> Callable[..., Any]:
-        method: Callable[..., Any] | None = getattr(self.comm, name, None)
-        if method is None:
-            raise NotComparableError(f"this version of xccl has no {name}")
-        return method
+    def _symmetric(self, n_bytes: int) -> tuple[Array, Callable[[], None]]:
+        target = Target(self.comm, n_bytes)
+        return target.local, target.array.free
 
     def moe(self, cell: Cell, variant: str) -> Work:
         """ExpertParallel."""
         shape = Shape.of(cell)
-        ep = self._expert_parallel(shape, **_MOE[variant])
+        options: dict[str, Any] = {"quant": "none"} | _MOE.get(variant, {"protocol": variant})
+        ep = xccl.ExpertParallel(
+            self.comm, num_experts=shape.experts, hidden=shape.hidden, top_k=shape.topk, max_tokens=shape.tokens,
+            dtype=BF16, **options,
+        )  # fmt: skip
         inputs, is_dedup = Inputs.of(shape, self.rank), variant == "dedup"
         x, topk_idx, weights = inputs.x.view(BF16), inputs.topk_idx, inputs.weights
-        sent_weights = {"topk_weights": weights} if is_dedup else {}
+        sent_weights: dict[str, Any] = {"topk_weights": weights} if is_dedup else {}
         late_weights = () if is_dedup else (weights,)
-        d = ep.dispatch(x, topk_idx, **sent_weights)
-        outputs = rows_of(len(d.tokens), shape.hidden).view(BF16)
-        del d
+        rows = len(ep.dispatch(x, topk_idx, **sent_weights).tokens)
+        memory = Target(self.comm, int(self.comm.allgather(np.array([rows])).max()) * inputs.x[0].nbytes)
+        outputs = memory.local[: rows * inputs.x[0].nbytes].view(BF16).reshape(rows, shape.hidden)
+        outputs[:] = 1
 
         def round_trip() -> None:
             ep.combine(outputs, ep.dispatch(x, topk_idx, **sent_weights), *late_weights)
@@ -187,20 +177,12 @@ class Xccl(Library):
             factor = expert_factor(local, shape)
             if is_dedup:
                 factor = np.bincount(d.index["row"], d.weights * factor, len(values)).astype(np.float32)
-            y = ep.combine(as_bits(values * factor[:, None]).view(BF16), d, *late_weights)
+            outputs[:] = as_bits(values * factor[:, None]).view(BF16)
+            y = ep.combine(outputs, d, *late_weights)
             return inputs.count_wrong(y.view(np.uint16), shape, tolerance=0.03 if variant == "int8" else 0.02)
 
-        return Work(repeat(round_trip), check, close=ep.free, note=f"protocol {ep.protocol}")
+        def close() -> None:
+            ep.free()
+            memory.array.free()
 
-    def _expert_parallel(self, shape: Shape, *, protocol: tuple[str, ...], **options: Any) -> xccl.ExpertParallel:
-        """The first protocol that there is; all ranks find the same."""
-        problem = ""
-        for name in protocol:
-            try:
-                return xccl.ExpertParallel(
-                    self.comm, num_experts=shape.experts, hidden=shape.hidden, top_k=shape.topk,
-                    max_tokens=shape.tokens, dtype=BF16, protocol=name, **options,
-                )  # fmt: skip
-            except (xccl.UsageError, TypeError) as error:  # the options of another version
-                problem = str(error)
-        raise NotComparableError(f"this version of xccl does not have it: {problem}")
+        return Work(repeat(round_trip), check, close=close, note=f"protocol {ep.protocol}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import shutil
 import socket
 import sys
@@ -22,14 +23,15 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from bench.peers.work import Cell, Library, NotComparableError, Work, pin
+from bench.peers.names import COPY, XCCL
+from bench.peers.work import Block, Cell, Library, NotComparableError, Prepared, Work, pin
 
 _WARM_UP_OPERATIONS = 20
 
 
 def serve(library: Library, address: str) -> None:
     """Do what the driver says."""
-    pin(library.rank, library.size)
+    is_pinned = pin(library.rank, library.size)
     with socket.socket(socket.AF_UNIX) as plain:
         plain.connect(address)
         connection = Connection(plain.detach())
@@ -46,17 +48,18 @@ def serve(library: Library, address: str) -> None:
             connection.send(("exit",))
             return
         try:
-            answer = _obey(library, prepared, order, arguments)
+            answer = _obey(library, prepared, is_pinned, order, arguments)
         except NotComparableError as error:
             answer = ("not comparable", str(error))
         except Exception:  # noqa: BLE001 - whatever it is, the driver has to hear of it and end the other ranks
             answer = ("failed", traceback.format_exc())
         connection.send(answer)
-        gc.collect()
+        if order == "close":
+            gc.collect()
 
 
 def _obey(
-    library: Library, prepared: dict[tuple[Cell, str], Work], order: str, arguments: list[Any]
+    library: Library, prepared: dict[tuple[Cell, str], Work], is_pinned: bool, order: str, arguments: list[Any]
 ) -> tuple[Any, ...]:
     cell, variant, *numbers = arguments
     if order == "prepare":
@@ -64,39 +67,52 @@ def _obey(
         library.barrier()
         wrong = work.check()
         library.barrier()
-        return ("prepared", wrong, work.note)
+        return ("prepared", Prepared(wrong, work.per_operation, work.note))
     if order == "time":
-        return ("times", _time(library, prepared[cell, variant], *numbers))
+        return ("times", _time(library, prepared[cell, variant], is_pinned, *numbers))
     assert order == "close"
     prepared.pop((cell, variant)).close()
     return ("closed",)
 
 
-def _time(library: Library, work: Work, operations: int, blocks: int) -> list[float]:
-    """[blocks] seconds an operation; ranks meet before each block."""
-    run, barrier, times = work.run, library.barrier, []
+def _time(library: Library, work: Work, is_pinned: bool, operations: int, blocks: int) -> list[Block]:
+    """[blocks]; ranks meet before each."""
+    run, barrier, found = work.run, library.barrier, []
     run(min(operations, _WARM_UP_OPERATIONS))
     for _ in range(blocks):
         barrier()
+        preempted = _preemptions()
         start = perf_counter()
         run(operations)
-        times.append((perf_counter() - start) / operations * work.per_operation)
+        taken_s = perf_counter() - start
+        # Ranks that share a core take it from each other: nothing is known of other processes then.
+        found.append(Block(taken_s / operations, is_pinned and _preemptions() != preempted))
     barrier()
-    return times
+    return found
+
+
+def _preemptions() -> int:
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
 
 
 def main() -> None:
     """Start the library, and serve."""
     name, ranks, address, *rank = sys.argv[1:]
-    if name == "xccl":
+    if name == XCCL:
         import xccl
         from bench.peers.on_xccl import Xccl
 
         xccl.launch(lambda comm: serve(Xccl(comm), address), int(ranks), timeout_s=24 * 3600.0)
     elif name == "multiprocessing":
+        from bench.peers.on_multiprocessing import Multiprocessing, start
+
+        start(int(ranks), lambda shared, number: serve(Multiprocessing(shared, number), address))
+    elif name == COPY:
+        from bench.peers.floor import Memory, compile_copy
         from bench.peers.on_multiprocessing import start
 
-        start(int(ranks), lambda library: serve(library, address))
+        compile_copy()
+        start(int(ranks), lambda shared, number: serve(Memory(shared, number), address))
     elif name == "gloo":
         from bench.peers.on_gloo import Gloo
 

@@ -3,103 +3,156 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from bench.peers.driver import CellResult, Entry
+from bench.peers.names import COPY, PEERS, XCCL
 from bench.peers.statistics import Ratio, ratio
-from bench.peers.table import NOT_COMPARED, XCCL, Comparison, Contestant, size_name
+from bench.peers.table import NOT_COMPARED, Comparison, Contestant, size_name
 from xccl.cli.environment import environment
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 
 HEADER: Final = (
-    f"{'operation':36} {'ranks':>5} {'size':>10}  {'xccl':8} {'us':>9}  {'peer':24} {'us':>9}  "
-    f"{'xccl / peer, 95% interval':>26}  target"
+    f"{'operation':25} {'ranks':>5} {'size':>10}  {'way':9} {'xccl us':>9} {'of copy':>7}  {'peer':15} {'us':>9}  "
+    f"{'xccl / peer, 95% interval':>25}  {'target':11}  others"
 )
 
 
 @dataclass(frozen=True)
 class Line:
-    """xccl beside one peer in a cell; without figures if one of the two has none."""
+    """A way of xccl beside its peers in a cell.
+
+    Attributes:
+        result: the cell.
+        comparison: the way.
+        ratios: to each peer that took part; None if one of the two has no figure.
+        against: the peer that the limit is for: the fastest of those it names that have a figure.
+    """
 
     result: CellResult
     comparison: Comparison
-    peer: str
-    ratio: Ratio | None
-    limit: float | None
+    ratios: dict[str, Ratio | None]
+    against: str | None
 
     @property
     def ours(self) -> Entry:
         """The entry of xccl."""
         return self.result.entries[Contestant(XCCL, self.comparison.ours)]
 
+    def theirs(self, peer: str) -> Entry:
+        """The entry of a peer."""
+        return self.result.entries[Contestant(peer, self.comparison.theirs)]
+
     @property
-    def theirs(self) -> Entry:
-        """The entry of the peer."""
-        return self.result.entries[Contestant(self.peer, self.comparison.theirs)]
+    def limit(self) -> float | None:
+        """Of the ratio to `against`."""
+        return None if self.against is None else self.comparison.limit(self.result.cell)
+
+    @property
+    def ratio(self) -> Ratio | None:
+        """That the limit is for."""
+        return None if self.against is None else self.ratios[self.against]
 
     @property
     def verdict(self) -> str:
-        """Of the limit, if this line has it."""
+        """Of the limit, if this line has one."""
         return self.ratio.verdict(self.limit) if self.ratio and self.limit is not None else ""
 
-    def __str__(self) -> str:
+    @property
+    def of_copy(self) -> float | None:
+        """The time of a copy of what has to move over that of xccl."""
+        floor = self.result.entries.get(Contestant(COPY, self.comparison.floor))
+        copy_us, ours_us = floor and floor.median_us, self.ours.median_us
+        return copy_us / ours_us if copy_us and ours_us else None
+
+    @property
+    def name(self) -> str:
+        """The cell and the way."""
         operation, cell = self.result.operation, self.result.cell
-        interval = f"{self.ratio.value:.2f} [{self.ratio.low:.2f}, {self.ratio.high:.2f}]" if self.ratio else "-"
-        target = f"{self.limit:.2f} {self.verdict}" if self.limit is not None else ""
-        pair = (("xccl", self.ours), ("peer", self.theirs))
-        wrong = "".join(f"  {name}: {entry.wrong} WRONG" for name, entry in pair if entry.wrong)
-        peer = str(Contestant(self.peer, self.comparison.theirs))
+        return f"{operation.title:25} {cell.ranks:5} {size_name(cell):>10}  {self.comparison.ours:9}"
+
+    def __str__(self) -> str:
+        first = self.against or next(iter(self.ratios), "")
+        found = self.ratios.get(first)
+        others = (f"{peer} {found.value:.2f}" for peer, found in self.ratios.items() if found and peer != first)
+        wrong = {XCCL: self.ours.wrong} | {peer: self.theirs(peer).wrong for peer in self.ratios}
         return (
-            f"{operation.title:36} {cell.ranks:5} {size_name(cell):>10}  {self.comparison.ours:8} {_us(self.ours):>9}  "
-            f"{peer:24} {_us(self.theirs):>9}  {interval:>26}  {target}{wrong}"
+            f"{self.name} {_us(self.ours.median_us):>9} {'-' if self.of_copy is None else f'{self.of_copy:.0%}':>7}  "
+            f"{first:15} {_us(self.theirs(first).median_us) if first else '-':>9}  "
+            f"{f'{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]' if found else '-':>25}  "
+            f"{'' if self.limit is None else f'{self.limit:.2f} {self.verdict}':11}  {', '.join(others)}"
+            f"{''.join(f'  {name}: {count} WRONG' for name, count in wrong.items() if count)}"
         ).rstrip()
 
 
 def lines_of(result: CellResult) -> list[Line]:
-    """For each comparison a line for each peer that took part."""
-    return [line for comparison in result.operation.comparisons for line in _lines(result, comparison)]
+    """One for each way of xccl that took part."""
+    taking_part = result.entries
+    return [
+        _line(result, comparison)
+        for comparison in result.operation.comparisons
+        if Contestant(XCCL, comparison.ours) in taking_part
+    ]
 
 
-def _lines(result: CellResult, comparison: Comparison) -> Iterator[Line]:
-    ours = result.entries.get(Contestant(XCCL, comparison.ours))
-    if ours is None:
-        return
-    theirs = {
-        contestant.library: entry
-        for contestant, entry in result.entries.items()
-        if contestant.library != XCCL and contestant.variant == comparison.theirs
+def _line(result: CellResult, comparison: Comparison) -> Line:
+    ours = result.entries[Contestant(XCCL, comparison.ours)]
+    theirs = {peer: entry for peer in PEERS if (entry := result.entries.get(Contestant(peer, comparison.theirs)))}
+    ratios = {
+        peer: ratio(ours.turns_us, entry.turns_us) if ours.turns_us and entry.turns_us else None
+        for peer, entry in theirs.items()
     }
-    medians = {name: us for name, entry in theirs.items() if (us := entry.median_us) is not None}
-    fastest = min((name for name in comparison.against if name in medians), key=medians.__getitem__, default=None)
-    for name, entry in theirs.items():
-        has_both = bool(ours.turns_us and entry.turns_us)
-        limit = comparison.limit(result.cell) if name == fastest and has_both else None
-        yield Line(result, comparison, name, ratio(ours.turns_us, entry.turns_us) if has_both else None, limit)
+    medians = {peer: us for peer, entry in theirs.items() if ratios[peer] and (us := entry.median_us) is not None}
+    fastest = min((peer for peer in comparison.against if peer in medians), key=medians.__getitem__, default=None)
+    return Line(result, comparison, ratios, fastest)
 
 
 def closing(results: Sequence[CellResult]) -> list[str]:
-    """What the table does not say: targets counted, what has no figure and why, what cannot be compared."""
-    counts = Counter(line.verdict for result in results for line in lines_of(result) if line.verdict)
+    """What the table does not say.
+
+    Targets counted, and those missed, farthest first; what was disturbed; what has no figure and why; what cannot be
+    compared.
+    """
+    lines = [line for result in results for line in lines_of(result)]
+    counts = Counter(line.verdict for line in lines if line.verdict)
     met, missed, unsure = (counts[verdict] for verdict in ("met", "missed", "unsure"))
-    lines = [f"targets: {met} met, {missed} missed, {unsure} unsure (the limit lies in the interval)"]
+    texts = [f"targets: {met} met, {missed} missed, {unsure} unsure (the limit lies in the interval)"]
+    behind = [
+        (line.ratio.value / line.limit, line)
+        for line in lines
+        if line.verdict == "missed" and line.ratio and line.limit
+    ]
+    texts += [
+        f"missed: {line.name} {times:.2f} times the limit" for times, line in sorted(behind, key=lambda pair: -pair[0])
+    ]
+    turns = sum(len(entry.turns_us) for result in results for entry in result.entries.values())
+    disturbed = sum(entry.disturbed for result in results for entry in result.entries.values())
+    if disturbed:
+        texts.append(f"disturbed: in {disturbed} of {turns} turns other processes took a core in every block")
+    return [*texts, *_reasons_and_notes(results), *(f"not compared: {what}" for what in NOT_COMPARED)]
+
+
+def _reasons_and_notes(results: Sequence[CellResult]) -> list[str]:
     reasons: dict[tuple[str, str, str], list[str]] = {}
     notes: dict[str, None] = {}
     for result in results:
-        where = f"{result.cell.ranks} ranks" if result.cell.op == "barrier" else size_name(result.cell)
+        cell = result.cell
         for contestant, entry in result.entries.items():
-            if entry.reason:
-                key = (str(contestant), result.operation.op, entry.reason)
-                reasons.setdefault(key, []).append(f"{where} on {result.cell.ranks}")
+            if entry.reason and contestant.library != COPY:
+                cells = reasons.setdefault((str(contestant), cell.op, entry.reason), [])
+                cells.append(f"{size_name(cell)} on {cell.ranks}")
             elif entry.note:
-                notes[f"{contestant}, {result.operation.op}: {entry.note}"] = None
-    for (contestant_name, op, reason), cells in reasons.items():
-        seen = cells[0] if len(cells) == 1 else f"{len(cells)} cells"
-        lines.append(f"no figure: {contestant_name}, {op} ({seen}): {reason}")
-    lines += [f"note: {note}" for note in notes]
-    return [*lines, *(f"not compared: {what}" for what in NOT_COMPARED)]
+                notes[f"{contestant}, {cell.op}: {entry.note}"] = None
+    return [
+        *(
+            f"no figure: {who}, {op} ({cells[0] if len(cells) == 1 else f'{len(cells)} cells'}): {reason}"
+            for (who, op, reason), cells in reasons.items()
+        ),
+        *(f"note: {note}" for note in notes),
+    ]
 
 
 def to_json(results: Sequence[CellResult], versions: dict[str, str], command: Sequence[str]) -> dict[str, Any]:
@@ -119,11 +172,12 @@ def to_json(results: Sequence[CellResult], versions: dict[str, str], command: Se
                 "comparisons": [
                     {
                         "xccl": line.comparison.ours,
-                        "peer": line.peer,
                         "variant": line.comparison.theirs,
-                        "ratio": asdict(line.ratio) if line.ratio else None,
+                        "ratios": {peer: asdict(found) if found else None for peer, found in line.ratios.items()},
+                        "against": line.against,
                         "limit": line.limit,
                         "verdict": line.verdict or None,
+                        "of_copy": line.of_copy,
                     }
                     for line in lines_of(result)
                 ],
@@ -134,8 +188,7 @@ def to_json(results: Sequence[CellResult], versions: dict[str, str], command: Se
     }
 
 
-def _us(entry: Entry) -> str:
-    us = entry.median_us
+def _us(us: float | None) -> str:
     if us is None:
         return "-"
     return f"{us:.0f}" if us >= 100 else f"{us:.1f}" if us >= 10 else f"{us:.3f}"

@@ -13,14 +13,12 @@ from typing import Final
 from bench.peers import report
 from bench.peers.driver import CellResult, Driver, Entry
 from bench.peers.moe import compile_loops
-from bench.peers.table import XCCL, Contestant, Operation
+from bench.peers.table import Operation, contestants
 from bench.peers.work import Cell
 from xccl.cli.environment import environment
 
-_MOST_CELL_S: Final = 8.0
+_MOST_CELL_S: Final = 30.0
 _LEAST_CELL_S: Final = 0.5
-#: The part of a cell's time that is for turns; the rest is data, checks and estimates. The clock corrects this guess.
-_TURNS_PART: Final = 0.7
 _NO_TIME: Final = "no time was left: give it more --minutes"
 
 
@@ -34,6 +32,7 @@ class Plan:
         limit_s: time for all of it; cells get shorter to keep it.
         ways: of xccl; all if empty.
         say: prints a line.
+        versions: of the libraries, once they have started.
     """
 
     cells: list[tuple[Operation, Cell]]
@@ -43,18 +42,9 @@ class Plan:
     say: Callable[[str], None] = print
     versions: dict[str, str] = field(default_factory=dict)
 
-    def contestants(self, operation: Operation) -> list[Contestant]:
-        """Of an operation."""
-        found = operation.contestants(self.peers)
-        if not self.ways:
-            return found
-        kept = [comparison for comparison in operation.comparisons if comparison.ours in self.ways]
-        theirs = {comparison.theirs for comparison in kept}
-        return [c for c in found if c.variant in (self.ways if c.library == XCCL else theirs)]
-
 
 def run(plan: Plan) -> list[CellResult]:
-    """Measure, and print a line for each comparison as soon as it is known."""
+    """Measure, and print a line for each way of xccl as soon as it is known."""
     begin, results = time.monotonic(), list[CellResult]()
     cells = sorted(plan.cells, key=lambda pair: pair[1].ranks)  # one number of ranks after the other
     say_machine(plan.say)
@@ -67,21 +57,28 @@ def run(plan: Plan) -> list[CellResult]:
                 if cell.ranks != ranks:
                     continue
                 left_s = plan.limit_s - (time.monotonic() - begin)
-                contestants = plan.contestants(operation)
+                taking_part = contestants(operation.ways(cell, plan.ways), plan.peers)
                 if left_s > 0:
-                    budget_s = min(max(_TURNS_PART * left_s / (len(cells) - len(results)), _LEAST_CELL_S), _MOST_CELL_S)
-                    result = driver.measure(operation, cell, contestants, budget_s)
+                    share_s = left_s * weight(cell) / sum(weight(rest) for _, rest in cells[len(results) :])
+                    result = driver.measure(
+                        operation, cell, taking_part, min(max(share_s, _LEAST_CELL_S), _MOST_CELL_S)
+                    )
                 else:
-                    result = CellResult(operation, cell, {c: Entry(reason=_NO_TIME) for c in contestants})
+                    result = CellResult(operation, cell, {c: Entry(reason=_NO_TIME) for c in taking_part})
                 results.append(result)
                 for line in report.lines_of(result):
                     plan.say(str(line))
             plan.versions |= driver.versions
-    for line in report.closing(results):
-        plan.say(line)
+    for text in report.closing(results):
+        plan.say(text)
     versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
     plan.say(f"{time.monotonic() - begin:.0f} s; {versions}; load {os.getloadavg()[0]:.1f}")
     return results
+
+
+def weight(cell: Cell) -> int:
+    """How much of the time a cell gets: MoE has many ways, and the longest operations."""
+    return 4 if cell.op == "moe" else 1
 
 
 def say_machine(say: Callable[[str], None]) -> None:
@@ -90,7 +87,7 @@ def say_machine(say: Callable[[str], None]) -> None:
     load = os.getloadavg()[0]
     say(
         f"emulated times, measured on {machine['cpu']}, {machine['usable_cores']} cores, load {load:.1f}: medians of "
-        "turns; below 1 xccl is faster"
+        "turns; below 1 xccl is faster; of copy: how close xccl comes to a copy of the bytes that must move"
     )
     if load > 0.5:
         say("this machine is busy: only the ratios mean something")

@@ -27,8 +27,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Final
 
-from bench.peers.table import XCCL
-from bench.peers.work import Cell
+from bench.peers.names import COPY, XCCL
+from bench.peers.work import Block, Cell, Prepared
 
 _START_TIMEOUT_S: Final = 90.0
 _EXIT_TIMEOUT_S: Final = 5.0
@@ -79,6 +79,8 @@ class Session:
 
     def __init__(self, library: str, ranks: int) -> None:
         require(library)
+        if library == COPY:  # a process for each core
+            ranks = min(ranks, len(os.sched_getaffinity(0)))
         self.library, self.ranks, self.version = library, ranks, ""
         self._folder = Path(tempfile.mkdtemp(prefix="xccl-peers-"))
         self._connections: list[Connection | None] = [None] * ranks
@@ -106,17 +108,19 @@ class Session:
 
     # -- orders -------------------------------------------------------------------------------------------------------
 
-    def prepare(self, cell: Cell, variant: str, timeout_s: float) -> tuple[int, str] | str:
-        """Wrong elements of a first operation at all ranks and a note; or why it cannot be compared."""
+    def prepare(self, cell: Cell, variant: str, timeout_s: float) -> Prepared | str:
+        """What became of a first operation, with the wrong elements of all ranks; or why it cannot be compared."""
         answers = self._ask(("prepare", cell, variant), timeout_s)
         if answers[0][0] == "not comparable":
             return str(answers[0][1])
-        return sum(answer[1] for answer in answers), str(answers[0][2])
+        first: Prepared = answers[0][1]
+        return first._replace(wrong=sum(answer[1].wrong for answer in answers))
 
-    def time(self, cell: Cell, variant: str, operations: int, blocks: int, timeout_s: float) -> list[float]:
-        """[blocks] seconds an operation, of the slowest rank."""
+    def time(self, cell: Cell, variant: str, operations: int, blocks: int, timeout_s: float) -> list[Block]:
+        """[blocks], each of the slowest rank, and disturbed if that of any rank was."""
         answers = self._ask(("time", cell, variant, operations, blocks), timeout_s)
-        return [max(times) for times in zip(*(answer[1] for answer in answers), strict=True)]
+        by_block: list[tuple[Block, ...]] = list(zip(*(answer[1] for answer in answers), strict=True))
+        return [Block(max(b.operation_s for b in of), any(b.is_disturbed for b in of)) for of in by_block]
 
     def close_work(self, cell: Cell, variant: str, timeout_s: float) -> None:
         """Give back what was prepared."""
@@ -244,7 +248,7 @@ class Session:
 def _commands(library: str, ranks: int, address: str) -> list[list[str]]:
     """One for each process that is started from here."""
     serve = [sys.executable, "-m", "bench.peers.rank", library, str(ranks), address]
-    if library in (XCCL, "multiprocessing"):
+    if library in (XCCL, "multiprocessing", COPY):
         return [serve]
     if library == "gloo":
         return [[*serve, str(rank)] for rank in range(ranks)]

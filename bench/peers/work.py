@@ -6,7 +6,7 @@ import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ class Cell:
     """An operation at a size.
 
     Attributes:
-        op: send-recv, put-signal, stream, put, barrier, allreduce, allgather, alltoall, alltoallv or moe.
+        op: sendrecv, put-signal, stream, put, barrier, one of `bench.peers.collectives.PARTS`, or moe.
         ranks: processes.
         size: bytes of a message, of a rank's array or of a pair's part; for moe the tokens of a rank; else 0.
         experts: moe only: in all; 32 as in the published figures.
@@ -60,6 +60,21 @@ class Work:
     note: str = ""
 
 
+class Prepared(NamedTuple):
+    """That work is ready: wrong elements of its first operation, and of `Work` what the driver has to know."""
+
+    wrong: int
+    per_operation: float
+    note: str
+
+
+class Block(NamedTuple):
+    """Operations that were timed as one: the mean, and whether another process took a rank's core meanwhile."""
+
+    operation_s: float
+    is_disturbed: bool
+
+
 class Library:
     """A library, as one of its ranks sees it. Operations that it does not override are not comparable.
 
@@ -85,10 +100,12 @@ class Library:
             return Work(repeat(self.barrier), lambda: 0)
         if cell.op == "moe":
             return self.moe(cell, variant)
-        make: Callable[[int], Work] = getattr(self, cell.op.replace("-", "_"))
-        return make(cell.size)
+        make: dict[str, Callable[[int], Work]] = {
+            "sendrecv": self.sendrecv, "put-signal": self.put_signal, "stream": self.stream, "put": self.put,
+        }  # fmt: skip
+        return make[cell.op](cell.size) if cell.op in make else self.collective(cell.op, cell.size, variant)
 
-    def send_recv(self, n_bytes: int) -> Work:
+    def sendrecv(self, n_bytes: int) -> Work:
         """A message there and one back; half of it is the figure."""
         raise NotComparableError("no send and receive")
 
@@ -104,21 +121,9 @@ class Library:
         """Writes of rank 0 into the memory of rank 1, which does nothing."""
         raise NotComparableError("no one-sided operations")
 
-    def allreduce(self, n_bytes: int) -> Work:
-        """Sums of float32."""
-        raise NotComparableError("no allreduce")
-
-    def allgather(self, n_bytes: int) -> Work:
-        """`n_bytes` of each rank."""
-        raise NotComparableError("no allgather")
-
-    def alltoall(self, n_bytes: int) -> Work:
-        """`n_bytes` of each rank for each."""
-        raise NotComparableError("no alltoall")
-
-    def alltoallv(self, n_bytes: int) -> Work:
-        """The same, with counts."""
-        raise NotComparableError("no alltoallv")
+    def collective(self, op: str, n_bytes: int, variant: str) -> Work:
+        """One of `bench.peers.collectives.PARTS`."""
+        raise NotComparableError(f"no {op}")
 
     def moe(self, cell: Cell, variant: str) -> Work:
         """Dispatch and combine, back to back."""
@@ -160,11 +165,13 @@ def window_of(n_bytes: int) -> int:
     return max(4, min(32, (64 << 20) // n_bytes))
 
 
-def pin(rank: int, ranks: int) -> None:
+def pin(rank: int, ranks: int) -> bool:
     """Give this rank a core of its own, if there are enough; after the library has started, which may pin too."""
     cores = sorted(os.sched_getaffinity(0))
-    if ranks <= len(cores):
-        os.sched_setaffinity(0, {cores[rank]})
+    if ranks > len(cores):
+        return False
+    os.sched_setaffinity(0, {cores[rank]})
+    return True
 
 
 # -- cells that differ between libraries in one call only ------------------------------------------------------------
@@ -213,35 +220,3 @@ def one_way(
         return count_wrong(buffer, pattern(n_bytes, 0))
 
     return Work(repeat(lambda: step(buffer, window)), check, 1 / window)
-
-
-def collective(rank: int, ranks: int, op: str, n_bytes: int, call: Callable[[Array, Array], object]) -> Work:
-    """allgather, alltoall or alltoallv of bytes; `call(x, out)` runs one."""
-    parts = 1 if op == "allgather" else ranks
-    x, out = page_aligned(parts * n_bytes), page_aligned(ranks * n_bytes)
-
-    def check() -> int:
-        x[:] = np.concatenate([pattern(n_bytes, rank, part) for part in range(parts)])
-        out[:] = 0
-        call(x, out)
-        mine = 0 if op == "allgather" else rank
-        return count_wrong(out, np.concatenate([pattern(n_bytes, peer, mine) for peer in range(ranks)]))
-
-    return Work(repeat(lambda: call(x, out)), check)
-
-
-def reduction(rank: int, ranks: int, n_bytes: int, call: Callable[[Array, Array], object]) -> Work:
-    """Allreduce of float32; `call(x, out)` runs one. Timed on zeros, which sums in place leave as they are."""
-    x, out = (page_aligned(n_bytes).view(np.float32) for _ in range(2))
-    x[:] = out[:] = 0
-
-    def check() -> int:
-        element = np.arange(x.size) % 7
-        x[:] = element + rank  # whole numbers: any order of summation gives the same
-        out[:] = x
-        call(x, out)
-        wrong = count_wrong(out, (ranks * element + ranks * (ranks - 1) // 2).astype(np.float32))
-        x[:] = out[:] = 0
-        return wrong
-
-    return Work(repeat(lambda: call(x, out)), check)

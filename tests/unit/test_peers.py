@@ -7,15 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from bench.peers import report
+from bench.peers.collectives import PARTS, collective
 from bench.peers.driver import CellResult, Driver, Entry
+from bench.peers.floor import bytes_to_copy
+from bench.peers.moe import Inputs, Shape, as_bits, as_float, expert_factor
+from bench.peers.names import COPY, XCCL
 from bench.peers.session import NotThereError, SessionError
 from bench.peers.statistics import Ratio, ratio
-from bench.peers.table import OPERATIONS, Contestant, operation_of
-from bench.peers.work import Cell
+from bench.peers.table import OPERATIONS, Contestant, contestants, operation_of
+from bench.peers.work import Block, Cell, Prepared, pattern
+from xccl.comm.moe import PROTOCOLS
 
 FIGURES = st.lists(st.floats(0.1, 1e6), min_size=1, max_size=12)
 
@@ -60,17 +64,42 @@ def test_verdict_needs_the_whole_interval() -> None:
 
 def test_no_contestant_takes_part_twice() -> None:
     for operation in OPERATIONS:
-        contestants = operation.contestants(["openmpi", "gloo"])
-        assert len(set(contestants)) == len(contestants)
+        for cell in operation.cells():
+            taking_part = contestants(operation.ways(cell), ["openmpi", "gloo"])
+            assert len(set(taking_part)) == len(taking_part)
+            assert {contestant.library for contestant in taking_part} == {XCCL, "openmpi", "gloo", COPY}
+
+
+def test_every_protocol_of_dispatch_has_its_row() -> None:
+    ways = {comparison.ours for comparison in operation_of("moe").comparisons}
+    assert ways == {*PROTOCOLS, "dedup", "int8"}
+
+
+def test_cells_of_other_sizes_and_ranks() -> None:
+    assert list(operation_of("sendrecv").cells([2, 3], [16])) == [Cell("sendrecv", 2, 16)]
+    assert list(operation_of("barrier").cells([3], [16])) == [Cell("barrier", 3)]
+    assert [c.size for c in operation_of("alltoall").cells([5])] == [8, 64 << 10, 1 << 20]
+
+
+def test_chosen_ways_and_small_cells_leave_others_out() -> None:
+    allgather = operation_of("allgather")
+    assert [c.ours for c in allgather.ways(Cell("allgather", 2, 8))] == [""]
+    assert [c.ours for c in allgather.ways(Cell("allgather", 2, 8 << 10))] == ["", "symmetric"]
+    assert not allgather.ways(Cell("allgather", 2, 8), ["symmetric"])
 
 
 def test_limits_by_size_and_ranks() -> None:
-    def limits(op: str, *cells: Cell) -> list[float]:
+    def limits(op: str, *cells: Cell) -> list[float | None]:
         return [operation_of(op).comparisons[0].limit(cell) for cell in cells]
 
     assert limits("stream", Cell("stream", 2, 4 << 20), Cell("stream", 2, 16 << 20)) == [0.65, 0.9]
     assert limits("barrier", Cell("barrier", 2), Cell("barrier", 8)) == [0.9, 0.6]
-    assert limits("moe", Cell("moe", 2, 8), Cell("moe", 2, 64)) == [0.25, 0.4]
+    by_way = {
+        way.ours: [way.limit(Cell("moe", 2, tokens)) for tokens in (8, 64)] for way in operation_of("moe").comparisons
+    }
+    assert by_way["dedup"] == [0.5, 0.5]
+    assert by_way["int8"] == [0.35, 0.35]
+    assert by_way["push"] == [0.55, 0.55]
 
 
 def result_of(ours: list[float], **theirs: list[float]) -> CellResult:
@@ -80,9 +109,34 @@ def result_of(ours: list[float], **theirs: list[float]) -> CellResult:
 
 
 def test_the_limit_is_for_the_faster_of_two() -> None:
-    lines = report.lines_of(result_of([1.0] * 5, openmpi=[3.0] * 5, mpich=[2.0] * 5, gloo=[0.5] * 5))
-    assert {line.peer: line.limit for line in lines} == {"openmpi": None, "mpich": 0.7, "gloo": None}
-    assert next(line for line in lines if line.peer == "mpich").verdict == "met"
+    (line,) = report.lines_of(result_of([1.0] * 5, openmpi=[4.0] * 5, mpich=[2.0] * 5, gloo=[0.5] * 5))
+    assert (line.against, line.limit, line.verdict) == ("mpich", 0.7, "met")
+    found = {peer: one.value for peer, one in line.ratios.items() if one is not None}
+    assert found == {"openmpi": 0.25, "mpich": 0.5, "gloo": 2}
+
+
+def test_a_line_shows_the_figures_that_its_ratio_is_of() -> None:
+    result = result_of([3.0] * 5, openmpi=[2.0] * 5, gloo=[100.0] * 5)
+    result.entries[Contestant(COPY)] = Entry([0.75] * 5)
+    words = str(report.lines_of(result)[0]).split()
+    assert words == [
+        "allreduce",
+        "2",
+        "8",
+        "B",
+        "3.000",
+        "25%",
+        "openmpi",
+        "2.000",
+        "1.50",
+        "[1.50,",
+        "1.50]",
+        "0.70",
+        "missed",
+        "gloo",
+        "0.03",
+    ]
+    assert any("missed: allreduce" in line and "2.14 times the limit" in line for line in report.closing([result]))
 
 
 def test_what_has_no_figure_says_why() -> None:
@@ -90,7 +144,52 @@ def test_what_has_no_figure_says_why() -> None:
     result.entries[Contestant("gloo")] = Entry(reason="not comparable: it is different")
     assert any("gloo" in line and "it is different" in line for line in report.closing([result]))
     document = json.loads(json.dumps(report.to_json([result], {}, [])))
-    assert [c["verdict"] for c in document["cells"][0]["comparisons"]] == ["met", None]
+    (comparison,) = document["cells"][0]["comparisons"]
+    assert comparison["verdict"] == "met"
+    assert comparison["ratios"] == {"openmpi": {"value": 0.5, "low": 0.5, "high": 0.5}, "gloo": None}
+
+
+# --- what is checked --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", PARTS)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_collective_that_does_nothing_is_wrong(op: str, rank: int) -> None:
+    wrong = collective(rank, 2, op, 64, lambda x, out: None).check()
+    is_left_alone = (op, rank) in (("gather", 1), ("broadcast", 0))  # no result, or the root's own
+    assert (wrong == 0) == is_left_alone
+
+
+def test_a_collective_that_does_its_work_is_right() -> None:
+    def allgather_of_2(x: Any, out: Any) -> None:
+        out[:] = np.concatenate([pattern(64, 0, 0), x])
+
+    assert collective(1, 2, "allgather", 64, allgather_of_2).check() == 0
+    assert collective(0, 1, "reduce-scatter", 64, lambda x, out: np.copyto(out, x)).check() == 0
+
+
+def test_one_wrong_element_of_a_layer_is_counted() -> None:
+    shape = Shape(ranks=1, tokens=3, hidden=16, experts=8)
+    inputs = Inputs.of(shape, 0)
+    scale = (inputs.weights * expert_factor(inputs.topk_idx, shape)).sum(axis=1)
+    y = as_bits(as_float(inputs.x) * scale[:, None])
+    assert inputs.count_wrong(y, shape, 0.02) == 0
+    y[1, 5] = as_bits(np.float32(99))
+    assert inputs.count_wrong(y, shape, 0.02) == 1
+
+
+def test_bytes_to_copy() -> None:
+    def total(op: str, size: int, variant: str = "", ranks: int = 2) -> int:
+        cell = Cell(op, ranks, size, experts=16, hidden=100)
+        return sum(bytes_to_copy(cell, variant, rank) for rank in range(ranks))
+
+    assert [total(op, 64) for op in ("sendrecv", "put", "barrier", "broadcast")] == [64, 64, 0, 64]
+    assert total("allgather", 64, ranks=4) == 4 * 4 * 64
+    assert total("reduce-scatter", 64, ranks=4) == 4 * (4 + 1) * 64 // 2
+    # 3 tokens of 200 bytes at each of 2 ranks: read, 8 rows of each written, read again, and the sums written.
+    assert total("moe", 3, "expanded") == 2 * 3 * (1 + 8 + 8 + 1) * 200 // 2
+    assert total("moe", 3, "int8") == 2 * 3 * (2 * 200 + 8 * (104 + 200)) // 2
+    assert 2 * 3 * (1 + 1) * 200 <= total("moe", 3, "dedup") <= 2 * 3 * (1 + 2) * 200
 
 
 # --- the driver -------------------------------------------------------------------------------------------------------
@@ -101,17 +200,17 @@ class FakeSession:
 
     version = "1"
 
-    def __init__(self, library: str, log: list[str], broken: bool = False) -> None:
-        self.library, self.log, self.broken = library, log, broken
+    def __init__(self, library: str, log: list[str], broken: bool = False, disturbed: int = 0) -> None:
+        self.library, self.log, self.broken, self.disturbed = library, log, broken, disturbed
 
-    def prepare(self, *_: Any) -> tuple[int, str] | str:
-        return "it has none" if self.library == "gloo" else (0, "")
+    def prepare(self, *_: Any) -> Prepared | str:
+        return "it has none" if self.library == "gloo" else Prepared(0, 0.5, "")
 
-    def time(self, _cell: Cell, _variant: str, operations: int, blocks: int, _timeout_s: float) -> list[float]:
+    def time(self, _cell: Cell, _variant: str, _operations: int, blocks: int, _timeout_s: float) -> list[Block]:
         if self.broken:
             raise SessionError("a rank ended")
         self.log.append(self.library)
-        return [1e-3] * blocks
+        return [Block(9e-3 if at < self.disturbed else 1e-3, at < self.disturbed) for at in range(blocks)]
 
     def close_work(self, *_: Any) -> None:
         pass
@@ -132,10 +231,17 @@ def measured(make: Any, *libraries: str) -> dict[str, Entry]:
 def test_libraries_take_turns() -> None:
     log: list[str] = []
     entries = measured(lambda library, _: FakeSession(library, log), "xccl", "openmpi")
-    turns = [name for name in log if not name.endswith("closed")][-40:]
-    assert turns == ["xccl", "openmpi"] * 20
-    assert [len(entry.turns_us) for entry in entries.values()] == [20, 20]
+    turns = [name for name in log if not name.endswith("closed")][-120:]
+    assert turns == ["xccl", "openmpi"] * 60
+    assert all(entry.turns_us == [500.0] * 60 for entry in entries.values())
     assert sorted(log[-2:]) == ["openmpi closed", "xccl closed"]
+
+
+def test_disturbed_blocks_count_only_if_there_are_no_others() -> None:
+    some = measured(lambda library, _: FakeSession(library, [], disturbed=2), "xccl")["xccl"]
+    assert (some.turns_us, some.disturbed) == ([500.0] * 60, 0)
+    every = measured(lambda library, _: FakeSession(library, [], disturbed=99), "xccl")["xccl"]
+    assert (every.turns_us, every.disturbed) == ([4500.0] * 60, 60)
 
 
 def test_failures_have_reasons_and_others_go_on() -> None:
@@ -147,7 +253,7 @@ def test_failures_have_reasons_and_others_go_on() -> None:
         return FakeSession(library, log, broken=library == "mpich")
 
     entries = measured(make, "xccl", "mpich", "gloo", "multiprocessing")
-    assert len(entries["xccl"].turns_us) == 20
+    assert len(entries["xccl"].turns_us) == 60
     assert entries["mpich"].reason == "failed: a rank ended"
     assert entries["gloo"].reason == "not comparable: it has none"
     assert entries["multiprocessing"].reason == "it is not installed"
