@@ -79,7 +79,7 @@ def test_send(fabric: str) -> None:
     """Four slots are written, and then there is no room."""
     out = np.zeros(10 * 4096, np.uint8)
     error = at_the_deadline(
-        lambda comm: lambda: comm.send(out, dst=1, event_id=8, lanes=1, timeout_s=TIMEOUT_S),
+        lambda comm: lambda: comm.send(out, dst=1, event_id=8, lanes=1, timeout_s=TIMEOUT_S, mode="ring"),
         fabric, ring_slots=4, slot_bytes=4096,
     )  # fmt: skip
     assert (error.operation, error.event, error.peer) == ("send", 8, 1)

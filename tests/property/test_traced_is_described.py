@@ -20,7 +20,7 @@ from xccl.layout.ring import MAX_LANES
 from xccl.protocol import moe, moe_push, onesided, p2p
 from xccl.protocol.counts import RoutingCounts
 from xccl.protocol.stage import Description, Entry
-from xccl.trace.record import Recorder
+from xccl.trace.record import Operation, Recorder
 
 SLOTS = {"ring_slots": 8, "slot_bytes": 1024}
 ARRAY_BYTES = 1 << 16
@@ -35,22 +35,28 @@ class Message(NamedTuple):
     destination: int
     n_bytes: int
     lanes: int
+    mode: Literal["auto", "ring", "zero_copy"]
+    engine: Literal["mte", "dma"]
 
-    def described(self, ranks: int) -> Description:
-        return p2p.send_recv(ranks, self.source, self.destination, self.n_bytes, lanes=self.lanes, **SLOTS)
+    def described(self, ranks: int, pushed: int) -> Description:
+        """As it happened: of a zero-copy message, `pushed` pieces were written by its sender."""
+        ends, how = (self.source, self.destination, self.n_bytes), {"lanes": self.lanes, "engine": self.engine}
+        if p2p.is_zero_copy(self.n_bytes, self.mode):
+            return p2p.zero_copy(ranks, *ends, **how, pushed=pushed)
+        return p2p.send_recv(ranks, *ends, **how, **SLOTS)
 
 
 class OneSided(NamedTuple):
     """One call of `rank`."""
 
-    call: Literal["put", "get", "put_signal", "signal"]
+    call: Literal["put", "iput", "get", "put_signal", "signal"]
     rank: int
     peer: int
     n_bytes: int
     op: Literal["set", "add"]
 
     def described(self, ranks: int) -> Description:
-        if self.call == "put":
+        if self.call in ("put", "iput"):
             return onesided.put(ranks, self.rank, self.peer, self.n_bytes)
         if self.call == "get":
             return onesided.get(ranks, self.peer, self.rank, self.n_bytes)
@@ -62,6 +68,8 @@ class OneSided(NamedTuple):
         data = np.zeros(self.n_bytes, np.uint8)
         if self.call == "put":
             comm.put(array, data, self.peer)
+        elif self.call == "iput":
+            comm.iput(array, data, self.peer).wait()
         elif self.call == "get":
             comm.get(data, array, self.peer)
         elif self.call == "put_signal":
@@ -76,7 +84,8 @@ def messages(draw: st.DrawFn) -> tuple[int, list[Message]]:
     ranks = draw(st.integers(1, 5))
     rank = st.integers(0, ranks - 1)
     lanes = st.one_of(st.integers(1, 4), st.integers(1, MAX_LANES))
-    return ranks, draw(st.lists(st.builds(Message, rank, rank, sizes, lanes), max_size=8))
+    mode, engine = st.sampled_from(["auto", "ring", "zero_copy"]), st.sampled_from(["mte", "mte", "dma"])
+    return ranks, draw(st.lists(st.builds(Message, rank, rank, sizes, lanes, mode, engine), max_size=8))
 
 
 @st.composite
@@ -84,7 +93,7 @@ def calls(draw: st.DrawFn) -> tuple[int, list[OneSided]]:
     """Any one-sided calls."""
     ranks = draw(st.integers(1, 5))
     rank = st.integers(0, ranks - 1)
-    kinds = st.sampled_from(["put", "get", "put_signal", "signal"])
+    kinds = st.sampled_from(["put", "iput", "get", "put_signal", "signal"])
     call = st.builds(OneSided, kinds, rank, rank, sizes, st.sampled_from(["set", "add"]))
     return ranks, draw(st.lists(call, max_size=12))
 
@@ -121,7 +130,9 @@ def test_one_sided(fabric: str, case: tuple[int, list[OneSided]]) -> None:
         return recorder
 
     for rank, recorder in enumerate(launch(main, ranks, fabric)):
-        expected = [(call.call, call.described(ranks).entries(rank)) for call in program if call.rank == rank]
+        expected = [
+            (call.call.removeprefix("i"), call.described(ranks).entries(rank)) for call in program if call.rank == rank
+        ]
         if any(call.peer == rank and "signal" in call.call for call in program):
             expected.append(("wait_until", onesided.wait_until(ranks, rank).entries(rank)))
         assert entries_of(recorder) == expected
@@ -156,35 +167,57 @@ def test_send_and_receive(fabric: str, case: tuple[int, list[Message]]) -> None:
     def main(comm: xccl.Communicator) -> Recorder:
         with comm.trace() as recorder:
             requests = []
-            for number, (source, destination, n_bytes, lanes) in enumerate(program):
+            for number, (source, destination, n_bytes, lanes, mode, engine) in enumerate(program):
                 buffer = np.zeros(n_bytes, np.uint8)
                 if source == comm.rank:
-                    requests.append(comm.isend(buffer, destination, number, lanes))
+                    requests.append(comm.isend(buffer, destination, number, lanes, mode, engine))
                 if destination == comm.rank:
-                    requests.append(comm.irecv(buffer.copy(), source, number, lanes))
+                    requests.append(comm.irecv(buffer.copy(), source, number, lanes, engine))
             for request in requests:
                 request.wait()
         return recorder
 
-    for rank, recorder in enumerate(launch(main, ranks, fabric, **SLOTS)):
+    recorders = launch(main, ranks, fabric, **SLOTS)
+    pushed = defaultdict(
+        int,
+        {
+            operation.number: pieces_pushed(operation)
+            for r in recorders
+            for operation in r.operations
+            if operation.name == "send"
+        },
+    )
+    for rank, recorder in enumerate(recorders):
         found: defaultdict[int | None, list[Entry]] = defaultdict(list)
         for operation in recorder.operations:
             found[operation.number] += operation.entries
         entries_of(recorder)
-        expected = {n: message.described(ranks).entries(rank) for n, message in enumerate(program)}
+        expected = {n: message.described(ranks, pushed[n]).entries(rank) for n, message in enumerate(program)}
         assert {n: sorted(entries) for n, entries in found.items()} == {n: e for n, e in expected.items() if e}
 
 
+def pieces_pushed(operation: Operation) -> int:
+    """Pieces of a zero-copy message that its sender has written: that depends on who came when."""
+    return sum(entry.units for entry in operation.entries if (entry.stage, entry.kind) == ("push", "transfer"))
+
+
 @pytest.mark.parametrize("n_bytes", [0, 100, 3000, 100_000])
-def test_blocking_send_and_receive(fabric: str, n_bytes: int) -> None:
+@pytest.mark.parametrize("mode", ["ring", "zero_copy"])
+def test_blocking_send_and_receive(fabric: str, n_bytes: int, mode: Literal["ring", "zero_copy"]) -> None:
     def main(comm: xccl.Communicator) -> Recorder:
         buffer = np.zeros(n_bytes, np.uint8)
         with comm.trace() as recorder:
-            (comm.send if comm.rank == 0 else comm.recv)(buffer, 1 - comm.rank, event_id=5, lanes=3)
+            if comm.rank == 0:
+                comm.send(buffer, 1, event_id=5, lanes=3, mode=mode)
+            else:
+                comm.recv(buffer, 0, event_id=5, lanes=3)
         return recorder
 
-    described = p2p.send_recv(2, 0, 1, n_bytes, lanes=3)
     sender, receiver = launch(main, 2, fabric)
+    if mode == "ring":
+        described = p2p.send_recv(2, 0, 1, n_bytes, lanes=3)
+    else:
+        described = p2p.zero_copy(2, 0, 1, n_bytes, lanes=3, pushed=pieces_pushed(sender.operations[0]))
     assert entries_of(sender) == [("send", described.entries(0))]
     assert entries_of(receiver) == [("recv", described.entries(1))]
 

@@ -166,5 +166,5 @@ def test_tracing_costs_nothing_when_it_is_off() -> None:
         return counts
 
     (counts,) = launch(main, 1, "local")
-    assert max(counts) <= 2
-    assert counts == [1] * 10
+    # Calls that go straight into a kernel do not look at all: tracing sends them the long way.
+    assert counts == [0] * 5 + [1] * 5

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from xccl.cli.bench_data import CHECKED, TIMED, Array, TokenPool, count_wrong, dtype_of
+from xccl.cli.bench_data import CHECKED, TIMED, Array, TokenPool, count_wrong, dtype_of, shared
 from xccl.cli.bench_part import Operation, Part
 from xccl.cli.deployment import Deployment
 from xccl.cli.ledger import Ledger, oracle_rows
@@ -83,19 +83,6 @@ class Data:
         return Ledger.of(ranks, chosen, places, self.options.experts)
 
 
-_shared_data: dict[BenchOptions, Data] = {}
-_sharing = threading.Lock()
-
-
-def data_of(options: BenchOptions) -> Data:
-    """The data of a run: one object in a process, whose ranks may be hundreds of threads."""
-    with _sharing:
-        if options not in _shared_data:
-            _shared_data.clear()
-            _shared_data[options] = Data(options)
-        return _shared_data[options]
-
-
 class A2E(Operation):
     """Row "a2e" or "e2a", whichever was asked for."""
 
@@ -105,7 +92,7 @@ class A2E(Operation):
         self.deployment: Deployment = options.deployment
         self.dtype = dtype_of(options)
         self.is_int8 = options.quant == "int8"
-        self.data = data_of(options)
+        self.data = shared(Data, options)
         self.factors = (1 + np.arange(options.experts) / options.experts).astype(np.float32)
         d = self.deployment
         self.dis = Disaggregated(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+import threading
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,21 @@ TIMED: Final = 0
 CHECKED: Final = 1
 
 _POOL_ROWS: Final = 1 << 18
+
+
+_Data = TypeVar("_Data")
+_shared: dict[tuple[object, BenchOptions], Any] = {}
+_sharing = threading.Lock()
+
+
+def shared(make: Callable[[BenchOptions], _Data], options: BenchOptions) -> _Data:
+    """The data of a run: one object in a process, whose ranks may be hundreds of threads."""
+    with _sharing:
+        if (make, options) not in _shared:
+            _shared.clear()
+            _shared[make, options] = make(options)
+        found: _Data = _shared[make, options]
+        return found
 
 
 def dtype_of(options: BenchOptions) -> np.dtype[Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from xccl.cli.bench_data import CHECKED, TIMED, Array, TokenPool, clear, count_wrong, dtype_of
+from xccl.cli.bench_data import CHECKED, TIMED, Array, TokenPool, clear, count_wrong, dtype_of, shared
 from xccl.cli.bench_part import Operation, Part
 from xccl.cli.ledger import Ledger, oracle_rows
 from xccl.cli.options import BenchOptions, Case
@@ -67,19 +67,6 @@ class Data:
             return self._ledgers[key]
 
 
-_shared_data: dict[BenchOptions, Data] = {}
-_sharing = threading.Lock()
-
-
-def data_of(options: BenchOptions) -> Data:
-    """The data of a run: one object in a process, whose ranks may be hundreds of threads."""
-    with _sharing:
-        if options not in _shared_data:
-            _shared_data.clear()
-            _shared_data[options] = Data(options)
-        return _shared_data[options]
-
-
 class Moe(Operation):
     """Rows "dispatch", "combine" and "moe" (both, one after the other), or the one of them that was asked for."""
 
@@ -87,7 +74,7 @@ class Moe(Operation):
         super().__init__(comm, options, cases)
         self.dtype = dtype_of(options)
         self.quant: reference.Quant = "int8" if options.quant == "int8" else "none"
-        self.data = data_of(options)
+        self.data = shared(Data, options)
         self.pool = self.data.pool
         self.factors = (1 + np.arange(options.experts) / options.experts).astype(np.float32)
         self.is_dedup = options.rows == "dedup"

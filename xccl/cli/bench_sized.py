@@ -81,7 +81,10 @@ class Put(_Neighbours):
         return source, self.target.local[:count], self._message(self.previous, count, data_round)
 
     def _transfer(self, source: Array, received: Array) -> None:
-        self.comm.put(self.target, source, peer=self.next)
+        if self.options.engine == "dma":
+            self.comm.iput(self.target, source, peer=self.next).wait()
+        else:
+            self.comm.put(self.target, source, peer=self.next)
         self.comm.quiet()
 
     def _complete(self) -> None:
@@ -140,9 +143,9 @@ class SendRecv(_Neighbours):
 
     def _transfer(self, source: Array, received: Array) -> None:
         self.event_id += 1
-        lanes = self.options.lanes
-        request = self.comm.isend(source, dst=self.next, event_id=self.event_id, lanes=lanes)
-        self.comm.recv(received, src=self.previous, event_id=self.event_id, lanes=lanes)
+        event_id, lanes, engine = self.event_id, self.options.lanes, self.options.engine
+        request = self.comm.isend(source, self.next, event_id, lanes, self.options.mode, engine)
+        self.comm.recv(received, self.previous, event_id, lanes, engine=engine)
         request.wait()
 
 

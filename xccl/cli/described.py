@@ -21,11 +21,16 @@ from xccl.protocol.routing import make_routing
 from xccl.protocol.stage import Description
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 
 def describe_step(
-    options: BenchOptions, case: Case, op: str, ranks: int, releasing: int | None = None
+    options: BenchOptions,
+    case: Case,
+    op: str,
+    ranks: int,
+    releasing: int | None = None,
+    pushed: Sequence[int] | None = None,
 ) -> list[Description]:
     """The descriptions of one iteration of a row, one after the other.
 
@@ -35,6 +40,7 @@ def describe_step(
         op: name of the row.
         ranks: the same work on so many ranks.
         releasing: of a barrier, the rank that came last and released the others; the highest one if None.
+        pushed: of zero-copy messages, the pieces that each rank has pushed; none if None.
 
     Raises:
         UsageError: the work has no description on so many ranks.
@@ -43,7 +49,7 @@ def describe_step(
         kind = op.replace("-", "_")
         if kind in FLOWS:
             return [_collective(options, kind, case.size_bytes, ranks)]
-        return _between_neighbours(op, case.size_bytes, ranks, options.lanes)
+        return _between_neighbours(options, op, case.size_bytes, ranks, pushed)
     if case.tokens is None:
         return [onesided.barrier(ranks, releasing)]
     if options.deployment is not None:
@@ -90,18 +96,23 @@ def require_described(options: BenchOptions, ranks: int) -> None:
         )  # fmt: skip
 
 
-def _between_neighbours(op: str, n_bytes: int, ranks: int, lanes: int) -> list[Description]:
+def _between_neighbours(
+    options: BenchOptions, op: str, n_bytes: int, ranks: int, pushed: Sequence[int] | None
+) -> list[Description]:
     here = np.arange(ranks)
     following = (here + 1) % ranks
     if op == "put":
-        return [onesided.put(ranks, here, following, n_bytes)]
+        return [onesided.put(ranks, here, following, n_bytes, engine=options.engine)]
     if op == "get":
         return [onesided.get(ranks, following, here, n_bytes)]
     if op == "put-signal":
         return [onesided.put_signal(ranks, here, following, n_bytes), onesided.wait_until(ranks, here)]
-    if op == "sendrecv":
-        return [p2p.send_recv(ranks, here, following, n_bytes, lanes=lanes)]
-    raise UsageError(f"there is no description of {op} yet", value=op)
+    if op != "sendrecv":
+        raise UsageError(f"there is no description of {op} yet", value=op)
+    lanes, engine = options.lanes, options.engine
+    if p2p.is_zero_copy(n_bytes, options.mode):
+        return [p2p.zero_copy(ranks, here, following, n_bytes, lanes=lanes, engine=engine, pushed=pushed or 0)]
+    return [p2p.send_recv(ranks, here, following, n_bytes, lanes=lanes, engine=engine)]
 
 
 def _collective(options: BenchOptions, kind: Kind, size_bytes: int, ranks: int) -> Description:

@@ -10,16 +10,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
 from ml_dtypes import bfloat16
 
 from xccl.cli.host_samples import Samples, Steps, Stopwatch, limit_s
+from xccl.comm import steps as operation_steps
 from xccl.comm.buffers import BufferPool, address_of
 from xccl.comm.core import Waiting
-from xccl.comm.dispatched import Routing
+from xccl.comm.dispatched import Dispatched, Outputs, Routing
 from xccl.comm.moe_input import check_outputs, check_weights
 from xccl.comm.symmetric import Signals
 from xccl.kernels import onesided, rows, words
@@ -198,12 +199,16 @@ class _Python:
         self._pool.take(self._x.shape, self._x.dtype)
 
     def record(self) -> None:
-        """A record of where rows go, and arrays for their places and counts, of which a kernel gets the addresses."""
+        """A record of where rows go, arrays for places and counts, and what the caller gets of them."""
+        outputs: Any = Outputs(cast(Any, None), cast(Any, None), self._pool, None)
+        steps = operation_steps.Steps(self._core, None, "record")
+        steps("write")
         routing = Routing(_PYTHON_TOKENS, COPIES, _PYTHON_EXPERTS, _PYTHON_EXPERTS // 2, 2)
         places, counts = np.empty(_PYTHON_TOKENS, SOURCE_DTYPE), np.empty(_PYTHON_EXPERTS, np.int64)
         for address in (routing.address, address_of(places), address_of(counts)):
             words.load(address)
-        self._kept = (routing, places, counts)
+        steps("pull")
+        self._kept = (outputs, Dispatched(self._x, self._weights, counts, places, routing, outputs.owner))
 
 
 def _times(n: int, step: Callable[[], object]) -> Callable[[], None]:

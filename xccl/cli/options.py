@@ -6,7 +6,7 @@ import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 from xccl.cli.deployment import (
     DEFAULT_EXPERTS,
@@ -64,6 +64,8 @@ class BenchOptions:
     routing: str = "uniform"
     seed: int = 0
     lanes: int = 2
+    mode: Literal["auto", "ring", "zero_copy"] = "auto"
+    engine: Literal["mte", "dma"] = "mte"
     check: bool = True
     timeout_s: float = 30.0
     back_to_back: bool = False
@@ -137,6 +139,8 @@ def add_work_options(parser: argparse.ArgumentParser, iters_help: str = _ITERS_H
     sized(
         "--lanes", type=whole_number(1, _MAX_LANES), metavar="N", default=default.lanes, help="of a send (default: 2)"
     )
+    sized("--mode", choices=("auto", "ring", "zero_copy"), default=default.mode, help="of a send (default: auto)")
+    sized("--engine", choices=("mte", "dma"), default=default.engine, help="of sends and puts (default: mte)")
     sized("--dtype", choices=("bf16", "fp16", "fp32"), default=default.dtype, help="of all data (default: bf16)")
 
     sized("--algorithm", choices=("auto", *ALGORITHMS), default=default.algorithm, help="of a collective")

@@ -74,10 +74,12 @@ class Projector:
             ModelError: what ran is not what is described, so that the projection would be of something else.
         """
         first = measurements[0]
-        described = self._described(first, self._options.ranks, _releasing(measurements))
+        described = describe_step(
+            self._options, first.case, first.op, self._options.ranks, _releasing(measurements), _pushed(measurements)
+        )
         require_same(measurements, described)
         if self.ranks != self._options.ranks:
-            described = self._described(first, self.ranks, None)
+            described = describe_step(self._options, first.case, first.op, self.ranks)
         parts = [self._project(first.case, part) for part in described]
         whole = parts[0] if len(parts) == 1 else together(first.op, parts)
         scaled: dict[str, Any] = {"ranks": self.ranks}
@@ -91,9 +93,6 @@ class Projector:
         if key not in self._projected:
             self._projected[key] = project(described, self.machine)
         return self._projected[key]
-
-    def _described(self, first: Measurement, ranks: int, releasing: int | None) -> list[Description]:
-        return describe_step(self._options, first.case, first.op, ranks, releasing)
 
 
 def require_same(measurements: Sequence[Measurement], described: Sequence[Description]) -> None:
@@ -124,3 +123,16 @@ def _releasing(measurements: Sequence[Measurement]) -> int | None:
             if any(entry.stage == "release" and entry.what == "release" for entry in operation.entries):
                 return rank
     return None
+
+
+def _pushed(measurements: Sequence[Measurement]) -> list[int]:
+    """The pieces of zero-copy messages that each rank has pushed: that depends on who came when."""
+    return [
+        sum(
+            entry.units
+            for operation in measurement.traced or ()
+            for entry in operation.entries
+            if (entry.stage, entry.kind) == ("push", "transfer")
+        )
+        for measurement in measurements
+    ]

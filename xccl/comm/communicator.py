@@ -25,12 +25,12 @@ from .collectives import Collectives
 from .core import Core, Waiting, no_exchange, require_timeout
 from .exchange import Exchange
 from .groups import Grouping, GroupParts, Invitations
-from .onesided import OneSided
-from .p2p import PointToPoint, Request
+from .p2p import PointToPoint
+from .sendrecv import SendReceive
 from .symmetric import Signals, SymmetricAllocator, SymmetricArray
 
 
-class Communicator(OneSided, Collectives, Grouping):
+class Communicator(SendReceive, Collectives, Grouping):
     """One rank's end of a session. Made by `xccl.launch` or `xccl.init`; used by one thread at a time.
 
     Attributes:
@@ -86,23 +86,21 @@ class Communicator(OneSided, Collectives, Grouping):
         self, core: Core, exchange: Exchange, p2p: PointToPoint, arrivals: int, releases: npt.NDArray[np.int64]
     ) -> None:
         """What a session's and a group's communicator have in common."""
+        super().__init__(core, p2p)
         self.core = core
         self.rank = core.rank
         self.size = core.size
         self.fabric_name = core.fabric.name
-        self._p2p = p2p
         self._exchange = exchange
         self.world.exchanges.add(exchange)
-        self._controls: list[int] = core.fabric.controls.tolist()
         self._barriers = 0
         #: Addresses of the words of barriers: the count at rank 0, and, behind their number, the releases of all ranks.
         self._arrivals = arrivals
         self._releases = np.array([core.size, *releases], np.int64)
         self._barrier_words = (arrivals, self._releases.ctypes.data, int(releases[core.rank]))
-        #: Numbers of the last barrier at which this rank arrived, and of the last that it released; a signal's value.
-        self._scratch = np.zeros(3, np.int64)
+        #: Numbers of the last barrier at which this rank arrived, and of the last that it released.
+        self._scratch = np.zeros(2, np.int64)
         self._arrived: int = self._scratch.ctypes.data
-        self._seen: int = self._arrived + 16
 
     @property
     def world(self) -> Communicator:
@@ -191,45 +189,6 @@ class Communicator(OneSided, Collectives, Grouping):
             operation.overlap("arrive", "release", "await-release")
             operation.finish(partial(traced.barrier, ranks=self.size, arrived=bool(arrives), released=released))
 
-    # -- send and receive -------------------------------------------------------------------------------------------
-
-    def send(
-        self, buffer: npt.NDArray[Any], dst: int, event_id: int, lanes: int = 2, timeout_s: float | None = None
-    ) -> None:
-        """Send an array to rank `dst`; returns when the receiver has all of it (XDS section 3.1).
-
-        Args:
-            buffer: what to send; strided arrays are copied first.
-            dst: the receiver.
-            event_id: the caller's number for the transfer, 0 or more; both sides must give the same.
-            lanes: emulated AIV cores over which the message is dealt, 1 to 48; both sides must give the same.
-            timeout_s: deadline in seconds; the communicator's default if None.
-
-        Raises:
-            UsageError: an argument is wrong, or the receiver expects another size or number of lanes.
-            EventMismatch: the receiver expects another event.
-            WaitTimeout: at the deadline; the channel to `dst` is unusable then.
-            PeerDied, SessionAborted: the session is over.
-        """
-        self._p2p.blocking(buffer, dst, event_id, lanes, _checked(timeout_s), sending=True)
-
-    def recv(
-        self, buffer: npt.NDArray[Any], src: int, event_id: int, lanes: int = 2, timeout_s: float | None = None
-    ) -> None:
-        """Receive from rank `src` into a writable, C-contiguous array of exactly the size sent.
-
-        Arguments and errors are those of `send`. A refused message is dropped, and the channel stays usable.
-        """
-        self._p2p.blocking(buffer, src, event_id, lanes, _checked(timeout_s), sending=False)
-
-    def isend(self, buffer: npt.NDArray[Any], dst: int, event_id: int, lanes: int = 2) -> Request:
-        """Start a send; arguments as for `send`. Don't change the buffer before the request is done."""
-        return self._p2p.start(buffer, dst, event_id, lanes, sending=True)
-
-    def irecv(self, buffer: npt.NDArray[Any], src: int, event_id: int, lanes: int = 2) -> Request:
-        """Start a receive; arguments as for `recv`. Receives from a rank complete in the order of their posting."""
-        return self._p2p.start(buffer, src, event_id, lanes, sending=False)
-
     # -- session ----------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -277,6 +236,7 @@ class Communicator(OneSided, Collectives, Grouping):
             return
         if not failed:
             self._p2p.require_idle()
+        self._p2p.shut_down()
         self.core.closed = True
         for exchange in self.exchanges:
             exchange.ready.clear()
@@ -310,7 +270,3 @@ def _require_shape(shape: Any, dtype: npt.DTypeLike) -> tuple[tuple[int, ...], n
     if math.prod(dims) * element.itemsize > 1 << 52:
         raise UsageError(f"shape {dims} of {element} is too large", value=dims, bound=1 << 52)
     return dims, element
-
-
-def _checked(timeout_s: float | None) -> float | None:
-    return None if timeout_s is None else require_timeout(timeout_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
@@ -14,6 +15,7 @@ from ..errors import CapacityError, FabricError, PeerDied, SessionAborted, Usage
 from ..fabric import Fabric
 from ..kernels import onesided, wait, words
 from ..kernels.wait import OK
+from ..layout.calls import CA_SLICE_NS
 from ..layout.segment import (
     ABORT_DIED,
     ABORT_EXCEPTION,
@@ -26,6 +28,8 @@ from ..layout.segment import (
     STATE_LEFT,
 )
 from ..trace.record import Recorder
+from . import callstate
+from .callstate import CallState
 
 if TYPE_CHECKING:
     from .symmetric import SymmetricAllocator
@@ -96,14 +100,16 @@ class Core:
         self.control = fabric.control
         self.segments_address: int = fabric.segments.ctypes.data
         self.controls_address: int = fabric.controls.ctypes.data
-        self.op_timeout_s = require_timeout(op_timeout_s)
+        #: What direct calls look at.
+        self.calls = CallState(fabric)
+        #: What those of groups look at: when this rank has left the session, they may go on no more than its own.
+        self.dependants: weakref.WeakSet[CallState] = weakref.WeakSet()
         self.slice_ns = min(SLICE_NS * max(1, fabric.ranks // _SLICE_RANKS), _LONGEST_SLICE_NS)
-        self.closed = False
+        self.op_timeout_s = require_timeout(op_timeout_s)
+        self._closed = False
+        self._broken: str | None = None
+        self._trace: Recorder | None = None
         self._pid = os.getpid()
-        #: Why no operation is possible any more although the session is not closed.
-        self.broken: str | None = None
-        #: Records what operations do; None while nobody wants to know.
-        self.trace: Recorder | None = None
         #: Blocks that the communicator has reserved, with their allocators, by offset.
         self.blocks: dict[int, SymmetricAllocator] = {}
         #: Tells all ranks a few words, and returns those of all: [size, words]. Set by the communicator.
@@ -115,6 +121,50 @@ class Core:
         self._cursor = np.zeros(1, np.int64)
         self._cursor_address: int = self._cursor.ctypes.data
         self._values = np.zeros(AGREE_MAX_VALUES, np.int64)
+
+    @property
+    def op_timeout_s(self) -> float:
+        """Default deadline of a wait, in seconds."""
+        return self._op_timeout_s
+
+    @op_timeout_s.setter
+    def op_timeout_s(self, value: float) -> None:
+        self._op_timeout_s = value
+        self.calls.words[CA_SLICE_NS // 8] = min(self.slice_ns, int(value * 1e9))
+
+    @property
+    def closed(self) -> bool:
+        """Has this rank left its session?"""
+        return self._closed
+
+    @closed.setter
+    def closed(self, value: bool) -> None:
+        self._closed = value
+        self._end_direct_calls(callstate.CLOSED, value)
+
+    @property
+    def broken(self) -> str | None:
+        """Why no operation is possible any more although the session is not closed."""
+        return self._broken
+
+    @broken.setter
+    def broken(self, reason: str | None) -> None:
+        self._broken = reason
+        self._end_direct_calls(callstate.BROKEN, reason is not None)
+
+    def _end_direct_calls(self, reason: int, on: bool) -> None:
+        for calls in (self.calls, *self.dependants):
+            calls.detour(reason, on)
+
+    @property
+    def trace(self) -> Recorder | None:
+        """Records what operations do; None while nobody wants to know."""
+        return self._trace
+
+    @trace.setter
+    def trace(self, recorder: Recorder | None) -> None:
+        self._trace = recorder
+        self.calls.detour(callstate.TRACED, recorder is not None)
 
     def require_open(self) -> None:
         """Raise UsageError if this rank has left its session."""
@@ -190,10 +240,16 @@ class Core:
             status = step(self.until_ns(deadline_ns))
         return status
 
-    def run(self, step: Callable[[int], int], describe: Callable[[], Waiting], timeout_s: float | None = None) -> int:
-        """A wait from its start; see `finish`."""
+    def run(
+        self,
+        step: Callable[[int], int],
+        describe: Callable[[], Waiting],
+        timeout_s: float | None = None,
+        began_ns: int = 0,
+    ) -> int:
+        """A wait from its start, which was at `began_ns` if that is not 0; see `finish`."""
         timeout_s = self.op_timeout_s if timeout_s is None else timeout_s
-        deadline_ns = time.monotonic_ns() + int(timeout_s * 1e9)
+        deadline_ns = (began_ns or time.monotonic_ns()) + int(timeout_s * 1e9)
         status = step(self.until_ns(deadline_ns))
         return status if status == OK else self.finish(status, step, describe, timeout_s, deadline_ns)
 

@@ -64,6 +64,7 @@ class GroupCore(Core):
         super().__init__(fabric, op_timeout_s)
         world.progress = driving
         self.members = fabric.members
+        world.dependants.add(self.calls)
         #: `Exchange.refuse` of the group.
         self.refuse_exchange: Callable[[UsageError], NoReturn] = _raise
 
@@ -343,9 +344,10 @@ class Grouping:
         seen = self.core.exchange("split", [color, key])
         return None if color < 0 else self.group(members_of_color(seen, color))
 
-    def barrier(self, timeout_s: float | None = None) -> None:
-        """See `Communicator`."""
-        raise NotImplementedError
+    if TYPE_CHECKING:
+
+        def barrier(self, timeout_s: float | None = None) -> None:
+            """`Communicator` has it."""
 
     def free(self) -> None:
         """Give everything back that this group has, and what was allocated in it. Collective among its members.
@@ -364,6 +366,7 @@ class Grouping:
         except UsageError as error:
             core.refuse("free", error)
         core.agree("free", {"offset": 0})
+        self._p2p.retire()
         for offset, allocator in list(core.blocks.items()):
             give_back(core, allocator, offset)
         self.barrier()  # when it ends, nobody reads or writes this rank's block any more

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,32 +49,32 @@ class MoeShape:
     is_int8: bool
     is_dedup: bool
 
-    @property
+    @cached_property
     def token_dtype(self) -> np.dtype[Any]:
         """Of dispatched rows."""
         return np.dtype(np.int8) if self.is_int8 else self.dtype
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Of a dispatched row."""
         return self.hidden * self.token_dtype.itemsize
 
-    @property
+    @cached_property
     def return_bytes(self) -> int:
         """Of a returned row."""
         return self.hidden * self.dtype.itemsize
 
-    @property
+    @cached_property
     def first_expert(self) -> int:
         """The first expert of this rank."""
         return first_expert(self.rank, self.num_experts, self.ranks)
 
-    @property
+    @cached_property
     def local_experts(self) -> int:
         """Experts of this rank."""
         return first_expert(self.rank + 1, self.num_experts, self.ranks) - self.first_expert
 
-    @property
+    @cached_property
     def most_local(self) -> int:
         """The largest number of experts at a rank."""
         return -(-self.num_experts // self.ranks)

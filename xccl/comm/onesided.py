@@ -1,4 +1,8 @@
-"""Puts, gets, signals and waits for them: the one-sided half of a communicator."""
+"""One-sided operations: put, get, signals, and the order of what a rank writes.
+
+Each method first tries the call that goes straight into a kernel (`xccl.kernels.calls`); what that does not take goes
+the long way, which checks everything and is traced.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
-from ..kernels import onesided
+from ..kernels import calls, onesided
 from . import traced
 from .buffers import address_of, readable, require_int, writable
 from .core import Core, Waiting, require_timeout
@@ -21,16 +25,21 @@ _INT64 = (-(1 << 63), (1 << 63) - 1)
 
 
 class OneSided:
-    """Operations that need nothing of the peer; part of `Communicator`."""
+    """The one-sided operations of a communicator."""
 
     core: Core
     rank: int
     size: int
-    #: Addresses of the control areas of all ranks.
-    _controls: list[int]
-    #: The third word takes the value that a wait has seen; its address is the next.
-    _scratch: npt.NDArray[np.int64]
-    _seen: int
+
+    def __init__(self, core: Core) -> None:
+        self._controls: list[int] = core.fabric.controls.tolist()
+        #: The value of a signal that was waited for.
+        self._seen = np.zeros(1, np.int64)
+        self._direct_put = core.calls.bind(calls.put)
+        self._direct_get = core.calls.bind(calls.get)
+        self._direct_put_signal = core.calls.bind(calls.put_signal)
+        self._direct_signal = core.calls.bind(calls.signal)
+        self._direct_wait = core.calls.bind(calls.wait_until)
 
     def put(self, target: SymmetricArray, source: npt.NDArray[Any], peer: int, offset: int = 0) -> None:
         """Copy `source` into rank `peer`'s copy of `target`. Complete locally on return, remotely after `quiet`.
@@ -44,9 +53,11 @@ class OneSided:
         Raises:
             UsageError: dtype, peer or range is wrong. Nothing was written.
         """
+        if type(target) is SymmetricArray and not self._direct_put(target.handle, source, peer, offset):
+            return
         source = readable(source, "source")
         address = self._remote(target, source, peer, offset, "source")
-        source, source_address = _apart(source, address)
+        source, source_address = apart(source, address)
         operation = None if self.core.trace is None else self.core.trace.start("put", stage="put")
         onesided.copy.call(address, source_address, source.nbytes)
         if operation is not None:
@@ -64,6 +75,8 @@ class OneSided:
         Raises:
             UsageError: dtype, peer or range is wrong. Nothing was written.
         """
+        if type(source) is SymmetricArray and not self._direct_get(destination, source.handle, peer, offset):
+            return
         destination = writable(destination, "destination")
         address = self._remote(source, destination, peer, offset, "destination")
         operation = None if self.core.trace is None else self.core.trace.start("get", stage="get")
@@ -83,7 +96,7 @@ class OneSided:
             raise UsageError(
                 f"the remote side must be a symmetric array, got {type(target).__name__}", value="no array"
             )
-        target.require_alive()
+        target.require_of(self.core)
         peer = require_int(peer, "peer", 0, self.size - 1)
         if array.dtype != target.dtype:
             raise UsageError(
@@ -107,7 +120,7 @@ class OneSided:
             raise UsageError(
                 f"signals must come from comm.signals(), got {type(signals).__name__}", value=type(signals).__name__
             )
-        signals.require_alive()
+        signals.require_of(self.core)
         index = require_int(index, "index", 0, signals.count - 1)
         peer = require_int(peer, "peer", 0, self.size - 1)
         return signals.addresses[peer] + index * Signals.STRIDE_BYTES, self._controls[peer]
@@ -138,12 +151,18 @@ class OneSided:
         Raises:
             UsageError: an argument is wrong. Nothing was written.
         """
+        if (
+            type(target) is SymmetricArray
+            and type(signals) is Signals
+            and not self._direct_put_signal(target.handle, source, peer, signals.handle, index, value, op, offset)
+        ):
+            return
         source = readable(source, "source")
         destination = self._remote(target, source, peer, offset, "source")
         word, control = self._signal_word(signals, index, peer)
         value = require_int(value, "value", *_INT64)
         add = _require_op(op)
-        source, source_address = _apart(source, destination)
+        source, source_address = apart(source, destination)
         operation = None if self.core.trace is None else self.core.trace.start("put_signal", stage="put-signal")
         onesided.put_signal.call(destination, source_address, source.nbytes, word, value, add, control)
         if operation is not None:
@@ -162,6 +181,8 @@ class OneSided:
         Raises:
             UsageError: an argument is wrong.
         """
+        if type(signals) is Signals and not self._direct_signal(signals.handle, index, value, peer, op):
+            return
         word, control = self._signal_word(signals, index, peer)
         value, add = require_int(value, "value", *_INT64), _require_op(op)
         operation = None if self.core.trace is None else self.core.trace.start("signal", stage="signal")
@@ -189,6 +210,12 @@ class OneSided:
             WaitTimeout: at the deadline, with the value expected and seen.
             PeerDied, SessionAborted: the session is over.
         """
+        began_ns = 0
+        if type(signals) is Signals:
+            direct: int | None = self._direct_wait(signals.handle, index, comparison, value, timeout_s)
+            if direct is not None:
+                return direct
+            began_ns = self.core.calls.began_ns()
         word, control = self._signal_word(signals, index, self.rank)
         code = _COMPARISONS.get(str(comparison))
         if code is None:
@@ -197,18 +224,19 @@ class OneSided:
             )
         value = require_int(value, "value", *_INT64)
         timeout_s = self.core.op_timeout_s if timeout_s is None else require_timeout(timeout_s)
-        call, seen = onesided.wait_until.call, self._seen
+        call, seen = onesided.wait_until.call, self._seen.ctypes.data
 
         what = f"wait_until signal {index} {comparison} {value}"
         operation = None if self.core.trace is None else self.core.trace.start("wait_until", stage="wait")
         self.core.run(
             lambda until_ns: int(call(control, word, code, value, seen, until_ns)),
-            lambda: Waiting(what, expected=value, seen=int(self._scratch[2])),
+            lambda: Waiting(what, expected=value, seen=int(self._seen[0])),
             timeout_s,
+            began_ns,
         )
         if operation is not None:
             operation.finish(partial(traced.waits, "wait", "signal"))
-        return int(self._scratch[2])
+        return int(self._seen[0])
 
     def fence(self) -> None:
         """Order: what this rank put before is seen by a peer before what it puts after."""
@@ -226,7 +254,7 @@ def _overlaps(address: int, other_address: int, n_bytes: int) -> bool:
     return address < other_address + n_bytes and other_address < address + n_bytes
 
 
-def _apart(source: npt.NDArray[Any], address: int) -> tuple[npt.NDArray[Any], int]:
+def apart(source: npt.NDArray[Any], address: int) -> tuple[npt.NDArray[Any], int]:
     """The array and its address; those of a copy if it overlaps the region at `address` that it is to be copied to."""
     source_address = address_of(source)
     if _overlaps(source_address, address, source.nbytes):

@@ -1,122 +1,90 @@
-"""Send and receive between two ranks (XDS section 3.1). Rules and theory of operation: `xccl.kernels.ring`.
+"""Send and receive between two ranks (XDS section 3.1), and copies as requests: channels, requests, errors.
+
+Rules and theory of operation are those of `xccl.kernels.ring`, `zerocopy` and `driver`.
 
 Progress. A request moves on whenever its rank is in `test`, `wait`, or any call that waits; all requests of the rank
-are driven then, in the order of their posting, so two ranks that send to each other before they receive do not block
-each other. A rank that computes makes no progress meanwhile.
+are driven then, so two ranks that send to each other before they receive do not block each other. A rank that computes
+makes no progress meanwhile, but for what was given to its DMA engine, and for zero-copy messages that its peers pull.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import EventMismatch, FabricError, UsageError, XcclError
-from ..kernels import ring, wait
-from ..kernels.wait import MISMATCH, OK, PENDING
-from ..layout import ring as layout
-from ..layout.ring import CHANNEL, MAX_LANES, OPERATION
+from ..kernels import calls, driver as kernels, wait
+from ..layout import calls as calls_layout, ring as layout
+from ..layout.ring import KIND_COPY, KIND_RECEIVE, KIND_SEND, MAX_LANES
 from ..trace.record import Operation
 from . import traced
 from .buffers import address_of, readable, require_int, writable
-from .core import SLICE_NS, Core, Waiting, require_timeout
+from .channel import Channel, OperationRecord
+from .core import Core, Waiting, require_timeout
+from .driver import Driver
 
 _MAX_EVENT_ID = (1 << 63) - 1
-#: Rounds over all requests, with a yield after each, before a waiting rank sleeps.
-_ROUNDS_BEFORE_SLEEP = 20
+_MODES: Final = ("auto", "ring", "zero_copy")
+_ENGINES: Final = ("mte", "dma")
+#: A request that is polled looks at the session so often.
+_LOOK_NS = 1_000_000
+#: The other side may be copying a piece of a message that is given up: that long this rank waits for it.
+_SETTLE_NS = 1_000_000_000
+#: A peer whose memory is gone is given so long to be seen dead; between two looks.
+_DEATH_NS, _DEATH_PAUSE_S = 1_000_000_000, 0.001
+#: Buffers that are still written to by a peer which does not come to an end: they must never be freed.
+_LIMBO: list[Any] = []
 
-
-class Channel:
-    """One direction of a pair, with its ring, which is committed when the pair first talks in that direction."""
-
-    def __init__(self, core: Core, peer: int, *, sending: bool) -> None:
-        geometry = core.fabric.geometry
-        sender, receiver = (core.rank, peer) if sending else (peer, core.rank)
-        fields = geometry.data_fields_offset(sender)
-        acks = geometry.ack_fields_offset(receiver)
-        ring_offset = geometry.ring_offset(sender)
-        # Either side may come first, and touches both; committing twice costs nothing.
-        core.fabric.commit(receiver, fields, MAX_LANES * layout.FIELD_BYTES)
-        core.fabric.commit(sender, acks, geometry.fields_per_peer_bytes - MAX_LANES * layout.FIELD_BYTES)
-        core.fabric.commit(receiver, ring_offset, geometry.ring_bytes)
-        segments = core.fabric.segments
-        self.peer = peer
-        self.sending = sending
-        self.name = f"{'send to' if sending else 'recv from'} rank {peer}"
-        #: The started requests that have not ended, in order.
-        self.under_way: list[Request] = []
-        #: Why the channel can't be used any more.
-        self.broken: str | None = None
-        self.kernel, self.post_kernel = (ring.send, ring.post_send) if sending else (ring.receive, ring.post_receive)
-        self._slot_lanes = np.zeros(geometry.ring_slots, np.int64)
-        self._starts = np.zeros(geometry.ring_slots, np.int64)
-        self.state = np.zeros(CHANNEL.size_bytes // 8, np.int64)
-        self.address: int = self.state.ctypes.data
-        for offset, value in {
-            layout.CH_OWN_CONTROL: core.control,
-            layout.CH_PEER_CONTROL: int(core.fabric.controls[peer]),
-            layout.CH_RING: int(segments[receiver]) + ring_offset,
-            layout.CH_DATA_FIELDS: int(segments[receiver]) + fields,
-            layout.CH_ACK_FIELDS: int(segments[sender]) + acks,
-            layout.CH_SLOTS: geometry.ring_slots,
-            layout.CH_SLOT_BYTES: geometry.slot_bytes,
-            layout.CH_SLOT_STRIDE: geometry.slot_stride_bytes,
-            layout.CH_SLOT_LANES: self._slot_lanes.ctypes.data,
-            layout.CH_STARTS: self._starts.ctypes.data,
-            layout.CH_REFUSAL_TABLE: int(segments[sender]) + geometry.refusals_offset(receiver),
-        }.items():
-            self.state[offset // 8] = value
-
-    def word(self, offset: int) -> int:
-        """A word of the state."""
-        return int(self.state[offset // 8])
+_STATE = layout.OP_STATE // 8
+_OF_COPIES = (layout.OP_CHUNKS, layout.OP_BYTES, layout.OP_SIGNAL)
 
 
 class Request:
-    """One send or receive under way. Made by `isend` and `irecv`; keeps its buffer alive.
+    """One send, receive or put under way. Made by `isend`, `irecv` and `iput`; keeps its buffer alive.
 
-    The buffer must not be changed (isend) or read (irecv) before the request is done.
+    The buffer must not be changed (isend, iput) or read (irecv) before the request is done.
     """
 
+    __slots__ = ("_looked_ns", "_record", "buffer", "channel", "error", "owner", "peer", "trace")
+
     def __init__(
-        self, engine: PointToPoint, channel: Channel, buffer: npt.NDArray[Any], event_id: int, lanes: int
+        self, owner: PointToPoint, channel: Channel, buffer: npt.NDArray[Any], record: OperationRecord
     ) -> None:
-        self.engine = engine
+        self.owner = owner
+        self._record: OperationRecord | None = record
+        self._looked_ns = 0
         self.channel = channel
         self.buffer = buffer
-        self.event_id = event_id
-        self.lanes = lanes
+        self.peer = channel.peer
         self.error: XcclError | None = None
-        self.done = False
-        recorder = engine.core.trace
-        name = "send" if channel.sending else "recv"
-        self.trace: Operation | None = None if recorder is None else recorder.start(name, event_id)
-        self.op = np.zeros(OPERATION.size_bytes // 8, np.int64)
-        self.address: int = self.op.ctypes.data
+        self.trace: Operation | None = None
 
-    def word(self, offset: int) -> int:
-        """A word of the operation."""
-        return int(self.op[offset // 8])
+    @property
+    def done(self) -> bool:
+        """Has it ended, well or not? Looks only, and drives nothing."""
+        return self._record is None or self._record.words[_STATE] != layout.STATE_UNDER_WAY
 
-    def is_under_way(self) -> bool:
-        """Not done yet. Looks only, and drives nothing."""
-        return not self.done
+    def is_collected(self) -> bool:
+        """Has the rank taken note of its end?"""
+        return self._record is None
 
     def test(self) -> bool:
-        """Drive all requests of this rank a little; is this one done?
+        """Drive all requests of this rank a little; is this one done? Never waits.
 
         Raises:
             EventMismatch, UsageError: the other side means another transfer, or another size.
+            FabricError: the other side gave the transfer up.
             PeerDied, SessionAborted: the session is over.
         """
-        if self.is_under_way():
-            self.engine.poll(self)
+        if self._record is not None:
+            self.owner.poll(self)
         if self.error is not None:
             raise self.error.with_traceback(None)
-        return self.done
+        return self._record is None
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Return when the transfer is complete: for a send, when the receiver has acknowledged all of it.
@@ -126,19 +94,30 @@ class Request:
                 under way, and may be waited for again.
 
         Raises:
-            EventMismatch, UsageError, WaitTimeout, PeerDied, SessionAborted: as for `send` and `recv`.
+            EventMismatch, UsageError, FabricError, WaitTimeout, PeerDied, SessionAborted: as for `send` and `recv`.
         """
-        self.engine.wait(self, self.engine.core.op_timeout_s if timeout_s is None else require_timeout(timeout_s))
+        timeout_s = self.owner.core.op_timeout_s if timeout_s is None else require_timeout(timeout_s)
+        if self._record is not None:
+            self.owner.wait(self, timeout_s)
         if self.error is not None:
             raise self.error.with_traceback(None)
 
+    def word(self, offset: int) -> int:
+        """A word of the operation, which must not have been collected."""
+        assert self._record is not None
+        return int(self._record.words[offset // 8])
+
     def describe(self) -> Waiting:
         """What this request waits for."""
-        name = "send" if self.channel.sending else "recv"
         chunks, done = self.word(layout.OP_CHUNKS), self.word(layout.OP_DONE)
-        if self.channel.sending and chunks and done == chunks:
+        if self.channel.kind == KIND_COPY:
+            return Waiting("put", None, self.peer, chunks, done)
+        if self.word(layout.OP_FORM) != layout.FORM_RING and chunks:
+            chunks, done = self.word(layout.OP_PIECES), self.word(layout.OP_MOVED)
+        name = "send" if self.channel.sending else "recv"
+        if self.channel.sending and chunks and self.word(layout.OP_DONE) == self.word(layout.OP_CHUNKS):
             name += " (all chunks written, not acknowledged)"
-        return Waiting(name, self.event_id, self.channel.peer, max(chunks, 1), done)
+        return Waiting(name, self.word(layout.OP_EVENT_ID), self.peer, max(chunks, 1), done)
 
 
 class PointToPoint:
@@ -151,61 +130,307 @@ class PointToPoint:
 
     def __init__(self, core: Core, world: PointToPoint | None = None) -> None:
         self.core = core
+        self.driver: Driver = Driver(core) if world is None else world.driver
+        core.calls.words[calls_layout.CA_DRIVER // 8] = self.driver.address
+        self._is_group = world is not None
         self._channels: dict[tuple[int, bool], Channel] = {}
-        self._world = world
-        self._active: list[Request] = [] if world is None else world._active
+        self._post_send = core.calls.bind(calls.post_send)
+        self._post_receive = core.calls.bind(calls.post_receive)
 
-    def start(self, buffer: Any, peer: int, event_id: int, lanes: int, *, sending: bool, until_ns: int = 0) -> Request:
-        """Check the arguments, post a request, and drive it as far as it goes by `until_ns`, without waiting if 0."""
+    # -- starting ---------------------------------------------------------------------------------------------------
+
+    def start(
+        self, buffer: Any, peer: int, event_id: int, lanes: int, mode: str, engine: str, *, sending: bool
+    ) -> Request:
+        """Post a send or receive, and drive it once."""
+        record = self.driver.pool.take()
+        post = self._post_send if sending else self._post_receive
+        status = post(buffer, peer, event_id, lanes, mode, engine, record.address)
+        if status == calls.NOT_TAKEN:
+            self.driver.pool.give_back(record)
+            return self._start(buffer, peer, event_id, lanes, mode, engine, sending=sending)
+        request = self._register(self._channels[peer, sending], buffer, record)
+        if status == calls.POSTED_AND_ENDED:
+            self.driver.collect()
+        return request
+
+    def _start(
+        self, buffer: Any, peer: int, event_id: int, lanes: int, mode: str, engine: str, *, sending: bool
+    ) -> Request:
+        """The long way: check all arguments, whatever they are, and trace."""
         core = self.core
         core.require_open()
         array = readable(buffer, "the buffer to send") if sending else writable(buffer, "the buffer to receive into")
         peer = require_int(peer, "dst" if sending else "src", 0, core.size - 1)
         event_id = require_int(event_id, "event_id", 0, _MAX_EVENT_ID)
         lanes = require_int(lanes, "lanes", 1, MAX_LANES)
-        channel = self._channels.get((peer, sending))
-        if channel is None:
-            channel = self._channels[peer, sending] = Channel(core, peer, sending=sending)
-        if channel.broken is not None:
-            raise FabricError(
-                f"rank {core.rank}: the channel to {channel.name} is unusable: {channel.broken}", peer=peer
-            )
-        return self._post(channel, array, event_id, lanes, until_ns)
-
-    def _post(self, channel: Channel, array: npt.NDArray[Any], event_id: int, lanes: int, until_ns: int) -> Request:
-        request = Request(self, channel, array, event_id, lanes)
-        channel.under_way.append(request)
-        self._active.append(request)
-        self.core.progress = self.drive
-        status = channel.post_kernel.call(
-            channel.address, request.address, address_of(array), array.nbytes, event_id, lanes, until_ns
+        mode = _require_one_of(_MODES, mode, "mode")
+        engine = _require_one_of(_ENGINES, engine, "engine")
+        channel = self._channel(peer, sending=sending)
+        address = address_of(array)
+        zero_copy = False
+        if sending:
+            zero_copy = self._is_zero_copy(channel, address, array.nbytes, mode)
+        record = self.driver.pool.take()
+        request = self._register(channel, array, record)
+        if core.trace is not None:
+            request.trace = core.trace.start("send" if sending else "recv", event_id)
+        by_dma = engine == "dma"
+        if by_dma:
+            self.driver.start_engine()
+        kernels.post.call(
+            self.driver.address, channel.address, record.address, address, array.nbytes, event_id, lanes,
+            layout.ENGINE_DMA if by_dma else layout.ENGINE_MTE, int(zero_copy),
         )  # fmt: skip
-        self._after_step(request, int(status))
+        self.driver.collect()
         return request
 
+    def _is_zero_copy(self, channel: Channel, address: int, n_bytes: int, mode: str) -> bool:
+        if mode == "ring" or (mode == "auto" and n_bytes < layout.ZERO_COPY_BYTES):
+            return False
+        if channel.reaches(address, n_bytes):
+            return True
+        if mode == "auto":
+            return False
+        raise UsageError(
+            f"mode zero_copy: rank {channel.peer} cannot reach private memory of rank {self.core.rank} here; send from "
+            f"the app data area (the `local` of a symmetric array), or use mode auto",
+            value="private", peer=channel.peer,
+        )  # fmt: skip
+
+    def copies(
+        self,
+        name: str,
+        descriptors: npt.NDArray[np.int64],
+        peer: int,
+        keep: Any,
+        engine: str,
+        signal: tuple[int, int, int],
+    ) -> Request:
+        """Post a list of copies, done in order, and a signal behind them.
+
+        Args:
+            name: of the operation and of its only stage, in traces.
+            descriptors: [n, 3]: destination, source, bytes; contiguous.
+            peer: whose memory it is about, for messages.
+            keep: kept alive until it is done.
+            engine: "mte" or "dma".
+            signal: address of a word, what to add to it, control area of its rank; zeros for no signal.
+        """
+        by_dma = _require_one_of(_ENGINES, engine, "engine") == "dma"
+        if by_dma:
+            self.driver.start_engine()
+        channel = self.driver.copies
+        record = self.driver.pool.take()
+        request = self._register(channel, (descriptors, keep), record)
+        request.peer = peer
+        if self.core.trace is not None:
+            request.trace = self.core.trace.start(name, stage=name)
+        kernels.post_copies.call(
+            self.driver.address, channel.address, record.address, descriptors.ctypes.data, len(descriptors),
+            int(descriptors[:, 2].sum()), layout.ENGINE_DMA if by_dma else layout.ENGINE_MTE, *signal,
+        )  # fmt: skip
+        self.driver.collect()
+        return request
+
+    def _channel(self, peer: int, *, sending: bool) -> Channel:
+        channel = self._channels.get((peer, sending))
+        if channel is None:
+            kind = KIND_SEND if sending else KIND_RECEIVE
+            channel = self._channels[peer, sending] = Channel(self.core, self.driver, peer, kind=kind)
+            self.core.calls.set_channel(peer, sending, channel.address)
+        if channel.broken is not None:
+            raise FabricError(
+                f"rank {self.core.rank}: the channel to {channel.name} is unusable: {channel.broken}", peer=peer
+            )
+        return channel
+
+    def _register(self, channel: Channel, buffer: Any, record: OperationRecord) -> Request:
+        request = Request(self, channel, buffer, record)
+        channel.under_way[record.address] = request
+        self.driver.add(record.address, request)
+        return request
+
+    # -- blocking calls ---------------------------------------------------------------------------------------------
+
     def blocking(
-        self, buffer: Any, peer: int, event_id: int, lanes: int, timeout_s: float | None, *, sending: bool
-    ) -> None:
-        """Send or receive, and wait. After a WaitTimeout the channel is unusable, since it was left in the middle."""
-        timeout_s = self.core.op_timeout_s if timeout_s is None else timeout_s
-        if sending and peer == self.core.rank:
-            raise UsageError(f"rank {peer} cannot send to itself and wait for its own receive; use isend", value=peer)
-        # With other requests under way, nothing may wait for one alone.
-        until_ns = 0 if self._active else time.monotonic_ns() + min(SLICE_NS, int(timeout_s * 1e9))
-        request = self.start(buffer, peer, event_id, lanes, sending=sending, until_ns=until_ns)
+        self, status: int, buffer: Any, peer: int, event_id: int, lanes: int, timeout_s: float | None, mode: str,
+        engine: str, *, sending: bool,
+    ) -> None:  # fmt: skip
+        """A send or receive, from where the direct call has left it.
+
+        After a failure the channel is unusable, since it was left in the middle.
+        """
+        began_ns = 0
+        if status == calls.NOT_TAKEN:
+            timeout_s = self.core.op_timeout_s if timeout_s is None else require_timeout(timeout_s)
+            if sending and peer == self.core.rank:
+                raise UsageError(
+                    f"rank {peer} cannot send to itself and wait for its own receive; use isend", value=peer
+                )
+            request = self.start(buffer, peer, event_id, lanes, mode, engine, sending=sending)
+        else:
+            channel = self._channels[peer, sending]
+            request = self._register(channel, buffer, channel.spare)
+            channel.renew_spare()
+            if status == calls.UNWELL:
+                self.end(request)
+            timeout_s, began_ns = self.core.op_timeout_s, self.core.calls.began_ns()
         try:
-            self.wait(request, timeout_s)
+            self.wait(request, timeout_s, began_ns)
         except BaseException as error:
-            if not request.done:
-                self._abandon(request, f"event {request.event_id} was given up in the middle ({type(error).__name__})")
+            if not request.is_collected():
+                event = request.word(layout.OP_EVENT_ID)
+                self._abandon(request, f"event {event} was given up in the middle ({type(error).__name__})")
             raise
         if request.error is not None:
             raise request.error
 
+    def _abandon(self, request: Request, reason: str) -> None:
+        channel = request.channel
+        self._break(channel, reason)
+        for other in list(channel.under_way.values()):
+            self.fail(other, FabricError(f"the channel to {channel.name} is unusable: {reason}", peer=channel.peer))
+
+    def _break(self, channel: Channel, reason: str) -> None:
+        channel.broken = channel.broken or reason
+        if channel.kind != KIND_COPY:
+            self.core.calls.set_channel(channel.peer, channel.sending, 0)
+
+    # -- progress ---------------------------------------------------------------------------------------------------
+
+    def poll(self, request: Request) -> None:
+        """Drive all requests a little, and raise if the session is over or the request's peer has left it."""
+        self.core.require_open()
+        status = self.driver.progress()
+        if request.is_collected():
+            return
+        now_ns = time.monotonic_ns()
+        if status == wait.ABORTED or now_ns - request._looked_ns > _LOOK_NS:
+            request._looked_ns = now_ns
+            self._look(request)
+
+    def _look(self, request: Request) -> None:
+        """Raise if the session is over; end a request whose peer has left without doing its part."""
+        core = self.core
+        core.check_session(request.describe)
+        if core.has_left(request.describe()):
+            self.driver.progress()
+            if not request.is_collected():
+                self.fail(request, core.left(request.describe()))
+
+    def wait(self, request: Request, timeout_s: float, began_ns: int = 0) -> None:
+        """Drive all requests until this one is done.
+
+        Args:
+            request: which.
+            timeout_s: deadline in seconds.
+            began_ns: when the wait began; now if 0.
+        """
+        core = self.core
+        self.driver.collect()
+        if request.is_collected():
+            return
+        core.require_open()
+        assert request._record is not None
+        address = request._record.address
+        now_ns = time.monotonic_ns()
+        deadline_ns = (began_ns or now_ns) + int(timeout_s * 1e9)
+        while True:
+            until_ns = min(deadline_ns, now_ns + core.slice_ns)
+            kernels.wait_for.call(self.driver.address, address, until_ns)
+            self.driver.collect()
+            if request.is_collected():
+                return
+            self._look(request)
+            if request.is_collected():
+                return
+            now_ns = time.monotonic_ns()
+            if now_ns >= deadline_ns:
+                raise core.timed_out(request.describe(), timeout_s)
+
+    # -- ends -------------------------------------------------------------------------------------------------------
+
+    def end(self, request: Request) -> None:
+        """Take note of the end of an operation: nobody else touches its record."""
+        record, channel, error = request._record, request.channel, request.error
+        assert record is not None
+        state = record.words[_STATE]
+        if state == layout.STATE_REFUSED:
+            error = self._mismatch(request)
+        elif error is None and state != layout.STATE_DONE:
+            error = self._broken_off(request, state)
+            self._break(channel, f"event {request.word(layout.OP_EVENT_ID)} was broken off")
+        request.error = error
+        if request.trace is not None and error is None:
+            self._trace(request.trace, request, record)
+        del channel.under_way[record.address]
+        self.driver.remove(record.address)
+        self.driver.pool.give_back(record)
+        request._record = None
+
+    def _trace(self, operation: Operation, request: Request, record: OperationRecord) -> None:
+        if request.channel.kind == KIND_COPY:
+            count, n_bytes, signal = (record.words[word // 8] for word in _OF_COPIES)
+            name, peer = operation.name, request.peer
+            operation.finish(partial(traced.moved, name, peer, n_bytes, units=count, signalled=signal != 0))
+        else:
+            words = np.array(record.words)
+            traced.transferred(operation, words, self.core.rank, request.peer, request.channel.sending)
+
+    def fail(self, request: Request, error: XcclError) -> None:
+        """End a request that is under way, whatever the other side does."""
+        record = request._record
+        assert record is not None
+        request.error = error
+        if kernels.give_up.call(self.driver.address, record.address, time.monotonic_ns() + _SETTLE_NS) == wait.SLICE:
+            _LIMBO.append(request.buffer)
+        self.driver.collect()
+
+    def _mismatch(self, request: Request) -> XcclError:
+        sending, rank, peer = request.channel.sending, self.core.rank, request.peer
+        own_event_id, own_lanes = request.word(layout.OP_EVENT_ID), request.word(layout.OP_LANES)
+        event_id = request.word(layout.OP_PEER_EVENT_ID)
+        n_bytes = request.word(layout.OP_PEER_BYTES)
+        lanes = request.word(layout.OP_PEER_LANES)
+        does, did = ("sends", "receives") if sending else ("receives", "sent")
+        if event_id != own_event_id:
+            return EventMismatch(
+                f"rank {rank} {does} event {own_event_id}, but rank {peer} {did} event {event_id}",
+                operation="send" if sending else "recv", event_id=own_event_id, peer_event_id=event_id,
+                rank=rank, peer=peer,
+            )  # fmt: skip
+        return UsageError(
+            f"event {event_id}: rank {rank} {does} {request.buffer.nbytes} bytes on {own_lanes} lanes, but "
+            f"rank {peer} {did} {n_bytes} bytes on {lanes} lanes; both must be the same",
+            event_id=event_id, rank=rank, peer=peer, value=request.buffer.nbytes, bound=n_bytes,
+        )  # fmt: skip
+
+    def _broken_off(self, request: Request, state: int) -> XcclError:
+        """Why an operation that nobody refused did not end well: most often, because the other side is gone."""
+        event_id, peer = request.word(layout.OP_EVENT_ID), request.peer
+        # The memory of a process that dies goes before others can see that it has ended.
+        until_ns = time.monotonic_ns() + (_DEATH_NS if state == layout.STATE_FAILED else 0)
+        while True:
+            try:
+                self.core.check_session(request.describe)
+            except XcclError as error:
+                return error.with_traceback(None)
+            if time.monotonic_ns() >= until_ns:
+                break
+            time.sleep(_DEATH_PAUSE_S)
+        if state == layout.STATE_WITHDRAWN:
+            text = f"rank {peer} gave event {event_id} up in the middle"
+        else:
+            text = f"event {event_id}: the buffer of rank {peer} cannot be reached any more"
+        return FabricError(f"rank {self.core.rank}: {text}", rank=self.core.rank, peer=peer)
+
+    # -- the end of the session -------------------------------------------------------------------------------------
+
     def require_idle(self) -> None:
         """Raise UsageError if requests are under way that somebody could still complete; of a group, its own."""
-        self.drive()
-        active = [request for request in self._active if self._world is None or request.engine is self]
+        self.driver.progress()
+        active = [request for request in self.driver.requests.values() if not self._is_group or request.owner is self]
         if active and self.core.fabric.abort_word() is None:
             what = "; ".join(str(request.describe()) for request in active[:4])
             raise UsageError(
@@ -213,101 +438,22 @@ class PointToPoint:
                 value=len(active), bound=0,
             )  # fmt: skip
 
-    def drive(self) -> None:
-        """Give every request of this rank a chance, in the order in which they were posted."""
-        for request in list(self._active):
-            if request.is_under_way():
-                request.engine.step(request, 0)
+    def retire(self) -> None:
+        """A group is freed, and nothing of it is under way."""
+        for channel in self._channels.values():
+            channel.retire()
+        self._channels.clear()
 
-    def poll(self, request: Request) -> None:
-        """Drive all requests a little, and raise if the session is over or the request's peer has left it."""
-        self.core.require_open()
-        if self._look(request) == PENDING:
-            self.core.check_session(request.describe)
-            if self.core.has_left(request.describe()) and self._look(request) == PENDING:
-                self._end(request, self.core.left(request.describe()))
+    def shut_down(self) -> None:
+        """Stop the DMA engine, and give up what is under way, in groups too: peers must not touch freed buffers."""
+        self.driver.stop_engine()
+        for request in list(self.driver.requests.values()):
+            if not request.is_collected():
+                core = request.owner.core
+                request.owner.fail(request, FabricError(f"rank {core.rank} has left the session", rank=core.rank))
 
-    def wait(self, request: Request, timeout_s: float) -> None:
-        """Drive all requests until this one is done."""
-        core = self.core
-        if request.is_under_way():
-            core.require_open()
-        deadline_ns = time.monotonic_ns() + int(timeout_s * 1e9)
-        looked_ns = 0
-        while request.is_under_way():
-            now_ns = time.monotonic_ns()
-            until_ns = min(deadline_ns, now_ns + SLICE_NS)
-            alone = len(self._active) == 1
-            status = self.step(request, until_ns) if alone else self._drive_and_sleep(request, until_ns)
-            if status in (wait.SLICE, wait.ABORTED) or now_ns - looked_ns > SLICE_NS:
-                looked_ns = now_ns
-                if request.is_under_way():
-                    self.poll(request)
-            if request.is_under_way() and time.monotonic_ns() >= deadline_ns:
-                raise core.timed_out(request.describe(), timeout_s)
 
-    def _look(self, request: Request) -> int:
-        """Drive all requests once; PENDING if this one is still under way."""
-        self.drive()
-        return PENDING if request.is_under_way() else OK
-
-    def _drive_and_sleep(self, request: Request, until_ns: int) -> int:
-        """Several requests: drive them in turn, then sleep until the doorbell rings for any of them."""
-        for _ in range(_ROUNDS_BEFORE_SLEEP):
-            if self._look(request) == OK:
-                return OK
-            os.sched_yield()
-        control = self.core.control
-        wait.arm(control)
-        try:
-            return OK if self._look(request) == OK else int(wait.sleep(control, until_ns))
-        finally:
-            wait.disarm(control)
-
-    def step(self, request: Request, until_ns: int) -> int:
-        """Drive one request of this communicator."""
-        channel = request.channel
-        status = int(channel.kernel.call(channel.address, request.address, until_ns))
-        self._after_step(request, status)
-        return status
-
-    def _after_step(self, request: Request, status: int) -> None:
-        if status == OK:
-            self._end(request, None)
-        elif status == MISMATCH:
-            self._end(request, self._mismatch(request))
-
-    def _end(self, request: Request, error: XcclError | None) -> None:
-        request.done = True
-        request.error = error
-        if request.trace is not None and error is None:
-            traced.transferred(request.trace, request.op, self.core.rank, request.channel.peer, request.channel.sending)
-        request.channel.under_way.remove(request)
-        self._active.remove(request)
-        if not self._active:
-            self.core.progress = None
-
-    def _mismatch(self, request: Request) -> XcclError:
-        channel = request.channel
-        rank, peer = self.core.rank, channel.peer
-        event_id = channel.word(layout.CH_PEER_EVENT_ID)
-        n_bytes = channel.word(layout.CH_PEER_BYTES)
-        lanes = channel.word(layout.CH_PEER_LANES)
-        does, did = ("sends", "receives") if channel.sending else ("receives", "sent")
-        if event_id != request.event_id:
-            return EventMismatch(
-                f"rank {rank} {does} event {request.event_id}, but rank {peer} {did} event {event_id}",
-                operation="send" if channel.sending else "recv", event_id=request.event_id, peer_event_id=event_id,
-                rank=rank, peer=peer,
-            )  # fmt: skip
-        return UsageError(
-            f"event {event_id}: rank {rank} {does} {request.buffer.nbytes} bytes on {request.lanes} lanes, but "
-            f"rank {peer} {did} {n_bytes} bytes on {lanes} lanes; both must be the same",
-            event_id=event_id, rank=rank, peer=peer, value=request.buffer.nbytes, bound=n_bytes,
-        )  # fmt: skip
-
-    def _abandon(self, request: Request, reason: str) -> None:
-        channel = request.channel
-        channel.broken = reason
-        for other in list(channel.under_way):
-            self._end(other, FabricError(f"the channel to {channel.name} is unusable: {reason}", peer=channel.peer))
+def _require_one_of(allowed: tuple[str, ...], value: Any, name: str) -> str:
+    if str(value) not in allowed:
+        raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {value!r}", value=value, bound=allowed)
+    return str(value)

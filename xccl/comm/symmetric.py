@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ..errors import CapacityError, UsageError
 from ..fabric.base import whole_pages
 from ..kernels import words
+from ..layout.calls import SY_ADDRESSES, SY_ALIVE, SY_CALLS, SY_COUNT, SY_DTYPE, SY_ITEM_BYTES, SYMMETRIC
 from ..layout.record import HOT_LINE_BYTES, align_up
 from .buffers import require_int
 from .core import Core
@@ -94,6 +95,7 @@ class SymmetricArray:
         size: elements of one copy.
         nbytes: bytes of one copy.
         addresses: where each rank's copy lies in this process.
+        handle: address of the record by which direct calls know it.
     """
 
     def __init__(self, core: Core, allocator: SymmetricAllocator, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -105,7 +107,10 @@ class SymmetricArray:
         self.size = int(np.prod(shape, dtype=np.int64))
         self.nbytes = self.size * dtype.itemsize
         (self._offset,) = reserve(core, "empty", _describe(shape, dtype), Block(allocator, self.nbytes))
-        self.addresses: list[int] = (core.fabric.segments + self._offset).tolist()
+        self._addresses = core.fabric.segments + self._offset
+        self.addresses: list[int] = self._addresses.tolist()
+        self._record = _record_for_calls(core, self._addresses, self.size, self.itemsize, dtype)
+        self.handle: int = self._record.ctypes.data
         self._local: npt.NDArray[Any] | None = self.peer(core.rank)
 
     @property
@@ -135,6 +140,7 @@ class SymmetricArray:
         """
         self.require_alive()
         collective_free(self._core, (self._allocator, self._offset))
+        self._record[SY_ALIVE // 8] = 0
         self._local = None
         self._offset = -1
 
@@ -143,6 +149,12 @@ class SymmetricArray:
         self._core.require_open()
         if self._offset < 0:
             raise UsageError("this symmetric array was freed", value="freed")
+
+    def require_of(self, core: Core) -> None:
+        """Raise UsageError if the array is not alive, or another communicator's, which counts ranks differently."""
+        self.require_alive()
+        if self._core is not core:
+            raise UsageError("this symmetric array belongs to another communicator", value="another communicator")
 
     def __repr__(self) -> str:
         return f"SymmetricArray(shape={self.shape}, dtype={self.dtype}, rank={self._core.rank} of {self._core.size})"
@@ -154,6 +166,7 @@ class Signals:
     Attributes:
         count: number of words.
         addresses: where each rank's first word lies in this process.
+        handle: address of the record by which direct calls know them.
     """
 
     STRIDE_BYTES = HOT_LINE_BYTES
@@ -163,7 +176,10 @@ class Signals:
         self._allocator = allocator
         self.count = count
         (self._offset,) = reserve(core, "signals", {"count": count}, Block(allocator, count * self.STRIDE_BYTES))
-        self.addresses: list[int] = (core.fabric.segments + self._offset).tolist()
+        self._addresses = core.fabric.segments + self._offset
+        self.addresses: list[int] = self._addresses.tolist()
+        self._record = _record_for_calls(core, self._addresses, count, self.STRIDE_BYTES, None)
+        self.handle: int = self._record.ctypes.data
 
     def read(self, index: int) -> int:
         """The present value of this rank's word `index`."""
@@ -179,6 +195,7 @@ class Signals:
         """
         self.require_alive()
         collective_free(self._core, (self._allocator, self._offset))
+        self._record[SY_ALIVE // 8] = 0
         self._offset = -1
 
     def require_alive(self) -> None:
@@ -187,8 +204,28 @@ class Signals:
         if self._offset < 0:
             raise UsageError("these signals were freed", value="freed")
 
+    def require_of(self, core: Core) -> None:
+        """Raise UsageError if the words are not alive, or another communicator's, which counts ranks differently."""
+        self.require_alive()
+        if self._core is not core:
+            raise UsageError("these signals belong to another communicator", value="another communicator")
+
     def __len__(self) -> int:
         return self.count
+
+
+def _record_for_calls(
+    core: Core, addresses: npt.NDArray[np.int64], count: int, item_bytes: int, dtype: np.dtype[Any] | None
+) -> npt.NDArray[np.int64]:
+    """What direct calls need to know of symmetric memory; `addresses` must live as long as the record."""
+    record = np.zeros(SYMMETRIC.size_bytes // 8, np.int64)
+    record[SY_CALLS // 8] = core.calls.address
+    record[SY_COUNT // 8] = count
+    record[SY_ITEM_BYTES // 8] = item_bytes
+    record[SY_ADDRESSES // 8] = addresses.ctypes.data
+    record[SY_DTYPE // 8] = 0 if dtype is None else id(dtype)
+    record[SY_ALIVE // 8] = 1
+    return record
 
 
 def _describe(shape: tuple[int, ...], dtype: np.dtype[Any]) -> dict[str, int]:

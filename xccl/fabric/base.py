@@ -144,6 +144,14 @@ class Fabric(ABC):
             self.abort(ABORT_DIED, rank, f"rank {rank} {reason}")
             return
 
+    @abstractmethod
+    def private_reach(self, peer: int) -> tuple[int, int]:
+        """How the private memory of a rank is reached from here: one of the REACH_ codes, and its process."""
+
+    def read_control(self, offset: int) -> int:
+        """A word of the own control area."""
+        return int(words.load(self.control + offset))
+
     def require_peer(self, rank: int) -> None:
         """Raise FabricError when `rank`'s memory cannot be addressed from here."""
         if not self.segments[rank]:

@@ -78,6 +78,10 @@ class GroupFabric(Fabric):
         """Give the memory behind a part of the own segment back."""
         self.world.release(offset, n_bytes)
 
+    def private_reach(self, peer: int) -> tuple[int, int]:
+        """How the private memory of a member is reached."""
+        return self.world.private_reach(self.members[peer])
+
     def dead_peers(self) -> list[tuple[int, str]]:
         """Members that have ended without leaving the session."""
         number = {rank: i for i, rank in enumerate(self.members)}

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CapacityError
+from ..layout.ring import REACH_DIRECT
 from ..layout.segment import Geometry
 from .base import Fabric, wait_policy, whole_pages
 
@@ -64,6 +65,10 @@ class LocalFabric(Fabric):
         start, length = whole_pages(offset, n_bytes)
         if length:
             self._world.maps[self.rank].madvise(mmap.MADV_DONTNEED, start, length)
+
+    def private_reach(self, peer: int) -> tuple[int, int]:
+        """By load and store: all ranks are in this process."""
+        return REACH_DIRECT, 0
 
     def dead_peers(self) -> list[tuple[int, str]]:
         """Ranks whose threads were marked dead."""

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CapacityError, PeerDied, SegmentError, SessionAborted, WaitTimeout, XcclError
-from ..kernels import wait, words
+from ..kernels import wait, words, zerocopy
+from ..layout.ring import REACH_DIRECT, REACH_KERNEL, REACH_NONE
 from ..layout.segment import (
     ABORT_DIED,
     ABORT_EXCEPTION,
@@ -38,6 +39,8 @@ from ..layout.segment import (
 from .base import Fabric, wait_policy, whole_pages
 from .segment import Segment, start_ticks
 
+#: An address at which nothing is mapped.
+_NOWHERE = 8
 #: Two for the segment (ours, and the one that mmap keeps), one for the process.
 _DESCRIPTORS_PER_PEER = 3
 _OTHER_DESCRIPTORS = 64
@@ -226,6 +229,15 @@ class ShmFabric(Fabric):
         start, length = whole_pages(offset, n_bytes)
         if length:
             self._segments[self.rank].release(start, length)
+
+    def private_reach(self, peer: int) -> tuple[int, int]:
+        """By the operating system's kernel, if it lets this process read the peer's memory (see ptrace(2))."""
+        if peer == self.rank:
+            return REACH_DIRECT, 0
+        pid = self._segments[peer].header().owner_pid
+        scratch = np.zeros(4, np.int64)
+        allowed = zerocopy.may_reach(pid, scratch.ctypes.data, _NOWHERE)
+        return (REACH_KERNEL if allowed else REACH_NONE), pid
 
     def dead_peers(self) -> list[tuple[int, str]]:
         """Ranks whose processes have ended without leaving the session."""

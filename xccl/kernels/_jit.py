@@ -23,16 +23,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numba
 
 #: Options of every kernel. No fast-math: results must be the same bits on every path and machine (no FMA contraction).
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 
-_KERNELS: list[Kernel] = []
+
+class Compiled(Protocol):
+    """Something that is declared at import and compiled by `warm`."""
+
+    @property
+    def is_compiled(self) -> bool:
+        """Is it?"""
+
+    def compile(self) -> None:
+        """Compile, or load from the cache."""
+
+
+_DECLARED: list[Compiled] = []
 #: Threads of the local fabric may make the first call of a kernel at the same time.
-_WARMING = threading.RLock()
+WARMING = threading.RLock()
 
 
 def _source_digest() -> str:
@@ -74,12 +86,18 @@ def _is_private(path: Path) -> bool:
     return stat.st_uid in (0, os.getuid()) and not stat.st_mode & 0o022
 
 
+def declare(entry_point: Compiled) -> None:
+    """Have `warm` compile it."""
+    _DECLARED.append(entry_point)
+
+
 _DIGEST = _source_digest()
 _CACHE_DIR = cache_dir()
 
 
 @contextlib.contextmanager
-def _numba_cache_here() -> Iterator[None]:
+def numba_cache_here() -> Iterator[None]:
+    """Let what is declared in the block be cached in the directory of this module."""
     # numba reads CACHE_DIR while it decorates; the user's own kernels must keep theirs.
     saved = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(_CACHE_DIR)
@@ -101,10 +119,10 @@ class Kernel:
     def __init__(self, function: Callable[..., Any], signature: str) -> None:
         self.name = function.__name__
         self.signature = signature
-        with _numba_cache_here():
-            self.dispatcher = numba.njit(cache=True, **_OPTIONS)(function)
+        with numba_cache_here():
+            self.dispatcher = numba.njit(cache=True, **OPTIONS)(function)
         self.call: Callable[..., Any] = self._first_call
-        _KERNELS.append(self)
+        declare(self)
 
     def _first_call(self, *args: Any) -> Any:
         self.compile()
@@ -117,7 +135,7 @@ class Kernel:
 
     def compile(self) -> None:
         """Compile, or load from the cache, and bind `call`."""
-        with _WARMING:
+        with WARMING:
             if self.is_compiled:
                 return
             self.dispatcher.compile(self.signature)
@@ -131,15 +149,15 @@ class Kernel:
 def kernel(signature: str) -> Callable[[Callable[..., Any]], Kernel]:
     """Declare a kernel with a numba signature such as `"int64(int64, int64)"`."""
 
-    def declare(function: Callable[..., Any]) -> Kernel:
+    def decorate(function: Callable[..., Any]) -> Kernel:
         return Kernel(function, signature)
 
-    return declare
+    return decorate
 
 
 def device(function: Callable[..., Any]) -> Any:
     """Declare a function that only kernels call; LLVM inlines it where that pays."""
-    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)
+    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)
 
 
 def warm() -> None:
@@ -147,8 +165,8 @@ def warm() -> None:
 
     Ctrl-C takes effect between two kernels: inside of LLVM's callbacks a KeyboardInterrupt could be swallowed.
     """
-    with _WARMING:
-        pending = [k for k in _KERNELS if not k.is_compiled]
+    with WARMING:
+        pending = [k for k in _DECLARED if not k.is_compiled]
         if not pending:
             return
         with open(_CACHE_DIR / "lock", "w") as lock, _interrupts_held() as raise_if_interrupted:

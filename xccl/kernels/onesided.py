@@ -35,7 +35,8 @@ def quiet() -> None:
 
 
 @device
-def _signal(address: int, value: int, add: int, control: int) -> None:
+def send_signal(address: int, value: int, add: int, control: int) -> None:
+    """Set a signal word, or add to it, and wake its rank."""
     # SYNC POINT signal: released after the data; `wait_until` acquires it.
     if add != 0:
         fetch_add(address, value)
@@ -47,18 +48,19 @@ def _signal(address: int, value: int, add: int, control: int) -> None:
 @kernel("void(int64, int64, int64, int64)")
 def signal(address: int, value: int, add: int, control: int) -> None:
     """Set (or add to) a signal word of the rank with this control area, and wake that rank."""
-    _signal(address, value, add, control)
+    send_signal(address, value, add, control)
 
 
 @kernel("void(int64, int64, int64, int64, int64, int64, int64)")
 def put_signal(destination: int, source: int, n_bytes: int, address: int, value: int, add: int, control: int) -> None:
     """Copy, then signal."""
     copy_bytes_auto(destination, source, n_bytes)
-    _signal(address, value, add, control)
+    send_signal(address, value, add, control)
 
 
 @device
-def _holds(seen: int, comparison: int, value: int) -> bool:
+def word_holds(seen: int, comparison: int, value: int) -> bool:
+    """Does a word compare so with `value`? `comparison` is one of `COMPARISONS`."""
     if comparison == 0:
         return seen == value
     if comparison == 1:
@@ -72,23 +74,28 @@ def _holds(seen: int, comparison: int, value: int) -> bool:
     return seen <= value
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64)")
-def wait_until(control: int, address: int, comparison: int, value: int, seen_address: int, until_ns: int) -> int:
-    """Wait until a signal word of this rank compares so; the value seen is stored at `seen_address`."""
+@device
+def wait_for_word(control: int, address: int, comparison: int, value: int, until_ns: int) -> tuple[int, int]:
+    """Wait until a signal word of this rank compares so: status, and the value seen last."""
     n = 0
     while True:
         seq = load_acquire(control + CTL_DOORBELL)
         # SYNC POINT signal: acquires what the signalling rank released.
         seen = load_acquire(address)
-        if _holds(seen, comparison, value):
-            break
+        if word_holds(seen, comparison, value):
+            settle(control, n)
+            return OK, seen
         n = relax(control, n, seq, until_ns)
         if n < 0:
-            store_i64(seen_address, seen)
-            return n
-    settle(control, n)
+            return n, seen
+
+
+@kernel("int64(int64, int64, int64, int64, int64, int64)")
+def wait_until(control: int, address: int, comparison: int, value: int, seen_address: int, until_ns: int) -> int:
+    """`wait_for_word`, for Python code; the value seen is stored at `seen_address`."""
+    status, seen = wait_for_word(control, address, comparison, value, until_ns)
     store_i64(seen_address, seen)
-    return OK
+    return status
 
 
 @kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64)")

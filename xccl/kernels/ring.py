@@ -5,9 +5,11 @@ Rules
   only grow; chunk c lies in slot c mod slots. Only the sender writes slots and data fields, only the receiver writes
   acknowledgement fields.
 - A message of b bytes over L lanes is cut into chunks, at least MIN_CHUNK_BYTES and at most a slot; chunk i belongs to
-  lane i mod L, whose fields announce and acknowledge it. A message of 0 bytes is one empty chunk.
+  lane i mod L, whose fields announce and acknowledge it. A message of 0 bytes is one empty chunk. So each lane has
+  every L-th slot from the message's first one on: a share of slots / L, rounded up, and never more at once.
+- A zero-copy message takes one position, whatever its size: `kernels.zerocopy` says what happens then.
 - The sender may write chunk c once position c - slots is acknowledged: that is the back-pressure.
-- Messages of a channel go in the order in which they were posted, on both sides (tickets).
+- Messages of a channel go in the order in which they were posted, on both sides.
 - The receiver checks event ID, size and lanes when the first chunk arrives. If they differ it refuses the message.
 
 Theory of operation. Slots carry a copy of the header, so the sender may write the next message before the last one is
@@ -22,8 +24,8 @@ then no refusal has been received. Both sides report the mismatch, nothing block
 not concerned. A message starts in a slot only after the last one that started there has ended at the sender (`starts`),
 so no refusal is overwritten before it was seen.
 
-Both kernels are state machines: all progress is in the channel and the operation, so a call that returns SLICE or
-PENDING is simply made again.
+Both steps here are state machines that never wait: all progress is in the channel and the operation, and a step does
+what can be done at once. Waiting, and the order of the operations, are up to `kernels.driver`.
 """
 
 from __future__ import annotations
@@ -35,11 +37,7 @@ from ..layout.ring import (
     CH_ACK_FIELDS,
     CH_DATA_FIELDS,
     CH_NEXT,
-    CH_OWN_CONTROL,
-    CH_PEER_BYTES,
     CH_PEER_CONTROL,
-    CH_PEER_EVENT_ID,
-    CH_PEER_LANES,
     CH_REFUSAL_TABLE,
     CH_RING,
     CH_SLOT_BYTES,
@@ -49,13 +47,12 @@ from ..layout.ring import (
     CH_STALE_FIRST,
     CH_STALE_LANES,
     CH_STARTS,
-    CH_TICKETS,
-    CH_TURN,
     DATA_CHUNK_ID,
     DATA_EVENT_ID,
     DATA_MESSAGE_BYTES,
     DATA_TAIL,
     FIELD_BYTES,
+    FORM_RING,
     MIN_CHUNK_BYTES,
     OP_BUFFER,
     OP_BYTES,
@@ -64,8 +61,13 @@ from ..layout.ring import (
     OP_DONE,
     OP_EVENT_ID,
     OP_FIRST,
+    OP_FORM,
     OP_LANES,
-    OP_TICKET,
+    OP_PEER_BYTES,
+    OP_PEER_EVENT_ID,
+    OP_PEER_LANES,
+    OP_PLACE,
+    OP_RESULT,
     REFUSAL_BYTES,
     RF_BYTES,
     RF_EVENT_ID,
@@ -74,15 +76,19 @@ from ..layout.ring import (
     SLOT_CHUNK_BYTES,
     SLOT_EVENT_ID,
     SLOT_FIRST,
+    SLOT_FORM,
     SLOT_HEADER_BYTES,
     SLOT_LANES,
     SLOT_MESSAGE_BYTES,
+    SLOT_PLACE,
+    STATE_DONE,
+    STATE_REFUSED,
 )
-from ..layout.segment import CTL_DOORBELL
-from ._jit import device, kernel
-from .atomics import load_acquire, load_i64, store_i64, store_release
+from ._jit import device
+from .atomics import load_acquire, load_i64, prefetch_for_write, remainder, store_i64, store_release
 from .copy import copy_bytes
-from .wait import MISMATCH, OK, PENDING, SLICE, now_ns, relax, ring, settle
+from .wait import PENDING, ring
+from .zerocopy import ENDED, MOVED, offer, piece_bytes, pull, push, set_up_transfer
 
 
 @device
@@ -93,18 +99,41 @@ def _chunk_bytes(n_bytes: int, lanes: int, slot_bytes: int) -> int:
 
 
 @device
+def _slot(channel: int, position: int) -> int:
+    index = remainder(position, load_i64(channel + CH_SLOTS))
+    return load_i64(channel + CH_RING) + index * load_i64(channel + CH_SLOT_STRIDE)
+
+
+# -- sender -----------------------------------------------------------------------------------------------------------
+
+
+@device
+def _start_of(channel: int, position: int) -> int:
+    """Address of the word that says whether a message that started in this slot is under way."""
+    return load_i64(channel + CH_STARTS) + 8 * remainder(position, load_i64(channel + CH_SLOTS))
+
+
+@device
 def _start(channel: int, op: int) -> bool:
-    """Take the channel's next position, if it is this operation's turn and a message may start there."""
+    """Take the channel's next position, if a message may start there."""
     position = load_i64(channel + CH_NEXT)
-    starts = load_i64(channel + CH_STARTS) + 8 * (position % load_i64(channel + CH_SLOTS))
-    if load_i64(channel + CH_TURN) != load_i64(op + OP_TICKET) or load_i64(starts) != 0:
+    starts = _start_of(channel, position)
+    if load_i64(starts) != 0:
         return False
     store_i64(starts, 1)
     n_bytes = load_i64(op + OP_BYTES)
-    chunk_bytes = _chunk_bytes(n_bytes, load_i64(op + OP_LANES), load_i64(channel + CH_SLOT_BYTES))
-    store_i64(op + OP_CHUNK_BYTES, chunk_bytes)
+    chunks = 1
+    if load_i64(op + OP_FORM) != FORM_RING:
+        store_i64(op + OP_CHUNK_BYTES, piece_bytes(n_bytes, load_i64(op + OP_LANES)))
+    elif n_bytes <= MIN_CHUNK_BYTES:
+        store_i64(op + OP_CHUNK_BYTES, min(MIN_CHUNK_BYTES, load_i64(channel + CH_SLOT_BYTES)))
+        chunks = max(1, -(-n_bytes // load_i64(op + OP_CHUNK_BYTES)))
+    else:
+        chunk_bytes = _chunk_bytes(n_bytes, load_i64(op + OP_LANES), load_i64(channel + CH_SLOT_BYTES))
+        store_i64(op + OP_CHUNK_BYTES, chunk_bytes)
+        chunks = -(-n_bytes // chunk_bytes)
     store_i64(op + OP_FIRST, position)
-    store_i64(op + OP_CHUNKS, max(1, -(-n_bytes // chunk_bytes)))
+    store_i64(op + OP_CHUNKS, chunks)
     return True
 
 
@@ -112,30 +141,25 @@ def _start(channel: int, op: int) -> bool:
 def _is_refused(channel: int, op: int) -> bool:
     """Has the receiver refused this message? If so, note what it expected."""
     first = load_i64(op + OP_FIRST)
-    refusal = load_i64(channel + CH_REFUSAL_TABLE) + (first % load_i64(channel + CH_SLOTS)) * REFUSAL_BYTES
+    refusal = load_i64(channel + CH_REFUSAL_TABLE) + remainder(first, load_i64(channel + CH_SLOTS)) * REFUSAL_BYTES
     # SYNC POINT ring-refusal: acquires what `_refuse` wrote before it released the stamp.
     if load_acquire(refusal + RF_STAMP) != first + 1:
         return False
-    store_i64(channel + CH_PEER_EVENT_ID, load_i64(refusal + RF_EVENT_ID))
-    store_i64(channel + CH_PEER_BYTES, load_i64(refusal + RF_BYTES))
-    store_i64(channel + CH_PEER_LANES, load_i64(refusal + RF_LANES))
+    store_i64(op + OP_PEER_EVENT_ID, load_i64(refusal + RF_EVENT_ID))
+    store_i64(op + OP_PEER_BYTES, load_i64(refusal + RF_BYTES))
+    store_i64(op + OP_PEER_LANES, load_i64(refusal + RF_LANES))
     return True
 
 
 @device
-def _slot_is_free(channel: int, acks: int) -> bool:
+def _slot_is_free(channel: int) -> bool:
     position = load_i64(channel + CH_NEXT)
     slots = load_i64(channel + CH_SLOTS)
     if position < slots:
         return True
-    lane = load_i64(load_i64(channel + CH_SLOT_LANES) + 8 * (position % slots))
+    lane = load_i64(load_i64(channel + CH_SLOT_LANES) + 8 * remainder(position, slots))
     # SYNC POINT ring-ack: acquires that the receiver has read what was in the slot.
-    return load_acquire(acks + lane * FIELD_BYTES + ACK_HEAD) > position - slots
-
-
-@device
-def _slot(channel: int, position: int) -> int:
-    return load_i64(channel + CH_RING) + (position % load_i64(channel + CH_SLOTS)) * load_i64(channel + CH_SLOT_STRIDE)
+    return load_acquire(load_i64(channel + CH_ACK_FIELDS) + lane * FIELD_BYTES + ACK_HEAD) > position - slots
 
 
 @device
@@ -143,24 +167,32 @@ def _write_chunk(channel: int, op: int) -> None:
     """Steps 1 to 3: the next chunk into its slot, then the lane's field."""
     position = load_i64(channel + CH_NEXT)
     index = load_i64(op + OP_DONE)
-    lane = index % load_i64(op + OP_LANES)
+    lanes = load_i64(op + OP_LANES)
+    lane = remainder(index, lanes)
     chunk_bytes = load_i64(op + OP_CHUNK_BYTES)
     n_bytes = load_i64(op + OP_BYTES)
     event_id = load_i64(op + OP_EVENT_ID)
     start = index * chunk_bytes
-    slot = _slot(channel, position)
+    form = load_i64(op + OP_FORM)
+    slot_index = remainder(position, load_i64(channel + CH_SLOTS))
+    slot = load_i64(channel + CH_RING) + slot_index * load_i64(channel + CH_SLOT_STRIDE)
+    field = load_i64(channel + CH_DATA_FIELDS) + lane * FIELD_BYTES
     store_i64(slot + SLOT_EVENT_ID, event_id)
     store_i64(slot + SLOT_FIRST, load_i64(op + OP_FIRST))
     store_i64(slot + SLOT_MESSAGE_BYTES, n_bytes)
-    store_i64(slot + SLOT_LANES, load_i64(op + OP_LANES))
+    store_i64(slot + SLOT_LANES, lanes)
     store_i64(slot + SLOT_CHUNK_BYTES, chunk_bytes)
-    copy_bytes(slot + SLOT_HEADER_BYTES, load_i64(op + OP_BUFFER) + start, min(chunk_bytes, n_bytes - start))
-    store_i64(load_i64(channel + CH_SLOT_LANES) + 8 * (position % load_i64(channel + CH_SLOTS)), lane)
-    field = load_i64(channel + CH_DATA_FIELDS) + lane * FIELD_BYTES
+    store_i64(slot + SLOT_FORM, form)
+    store_i64(slot + SLOT_PLACE, load_i64(op + OP_PLACE))
+    if form == FORM_RING:
+        copy_bytes(slot + SLOT_HEADER_BYTES, load_i64(op + OP_BUFFER) + start, min(chunk_bytes, n_bytes - start))
+    else:
+        set_up_transfer(slot, op)
+    store_i64(load_i64(channel + CH_SLOT_LANES) + 8 * slot_index, lane)
     store_i64(field + DATA_EVENT_ID, event_id)
     store_i64(field + DATA_CHUNK_ID, index)
     store_i64(field + DATA_MESSAGE_BYTES, n_bytes)
-    # SYNC POINT ring-data: released after the slot; `receive` acquires it.
+    # SYNC POINT ring-data: released after the slot; `step_receive` acquires it.
     store_release(field + DATA_TAIL, position + 1)
     ring(load_i64(channel + CH_PEER_CONTROL))
     store_i64(channel + CH_NEXT, position + 1)
@@ -168,49 +200,60 @@ def _write_chunk(channel: int, op: int) -> None:
 
 
 @device
-def _send(channel: int, op: int, until_ns: int) -> int:
-    """Steps 1 to 4 and 8: write chunks while slots are free, then wait for the acknowledgement of the last one.
+def _end_send(channel: int, op: int, result: int) -> int:
+    store_i64(_start_of(channel, load_i64(op + OP_FIRST)), 0)
+    store_i64(op + OP_RESULT, result)
+    return ENDED
 
-    Returns OK, SLICE, ABORTED, PENDING (nothing to do now, or not this operation's turn), or MISMATCH: the receiver has
-    refused this message.
+
+@device
+def step_send(channel: int, op: int) -> int:
+    """Steps 1 to 4 and 8: write chunks while slots are free, look for the acknowledgement of the last one.
+
+    The operation must be the first of its channel that is not written. Returns PENDING, MOVED or ENDED.
     """
-    control = load_i64(channel + CH_OWN_CONTROL)
-    acks = load_i64(channel + CH_ACK_FIELDS)
     if load_i64(op + OP_CHUNKS) == 0 and not _start(channel, op):
         return PENDING
     chunks = load_i64(op + OP_CHUNKS)
-    last = acks + ((chunks - 1) % load_i64(op + OP_LANES)) * FIELD_BYTES + ACK_HEAD
-    end = load_i64(op + OP_FIRST) + chunks
-    status = OK
-    n = 0
-    while True:
-        seq = load_acquire(control + CTL_DOORBELL)
-        done = load_i64(op + OP_DONE)
-        # SYNC POINT ring-ack: the receiver released this after it copied, or dropped, the last chunk.
-        acknowledged = done == chunks and load_acquire(last) >= end
+    done = load_i64(op + OP_DONE)
+    if done > 0:
+        acknowledged = False
+        if done == chunks:
+            lane = remainder(chunks - 1, load_i64(op + OP_LANES))
+            head = load_i64(channel + CH_ACK_FIELDS) + lane * FIELD_BYTES + ACK_HEAD
+            # SYNC POINT ring-ack: the receiver released this after it copied, or dropped, the last chunk.
+            acknowledged = load_acquire(head) >= load_i64(op + OP_FIRST) + chunks
         # Looked at after the acknowledgement: a dropped message was refused first.
-        if done > 0 and _is_refused(channel, op):
-            if done < chunks:
-                store_i64(channel + CH_TURN, load_i64(op + OP_TICKET) + 1)
-            status = MISMATCH
-            break
+        if _is_refused(channel, op):
+            return _end_send(channel, op, STATE_REFUSED)
         if acknowledged:
-            break
-        if done < chunks and _slot_is_free(channel, acks):
-            settle(control, n)
-            n = 0
-            _write_chunk(channel, op)
-            if done + 1 == chunks:
-                store_i64(channel + CH_TURN, load_i64(op + OP_TICKET) + 1)
-            elif until_ns != 0 and now_ns() >= until_ns:
-                return SLICE
-            continue
-        n = relax(control, n, seq, until_ns)
-        if n < 0:
-            return n
-    settle(control, n)
-    store_i64(load_i64(channel + CH_STARTS) + 8 * (load_i64(op + OP_FIRST) % load_i64(channel + CH_SLOTS)), 0)
+            return _end_send(channel, op, STATE_DONE)
+        if done == chunks:
+            if load_i64(op + OP_FORM) == FORM_RING:
+                return PENDING
+            status = push(channel, op, _slot(channel, load_i64(op + OP_FIRST)))
+            return _end_send(channel, op, load_i64(op + OP_RESULT)) if status == ENDED else status
+    status = PENDING
+    while load_i64(op + OP_DONE) < chunks and _slot_is_free(channel):
+        _write_chunk(channel, op)
+        status = MOVED
     return status
+
+
+@device
+def is_written(op: int) -> bool:
+    """Has the sender written all of a message, so that the next one may start?"""
+    chunks = load_i64(op + OP_CHUNKS)
+    return chunks != 0 and load_i64(op + OP_DONE) == chunks
+
+
+@device
+def slot_of(channel: int, op: int) -> int:
+    """The slot in which a message begins that was announced or accepted."""
+    return _slot(channel, load_i64(op + OP_FIRST))
+
+
+# -- receiver ---------------------------------------------------------------------------------------------------------
 
 
 @device
@@ -228,17 +271,17 @@ def _published(channel: int, op: int) -> bool:
         lanes = load_i64(channel + CH_STALE_LANES)
         if lanes == 0:
             return False
-    return load_acquire(fields + ((position - first) % lanes) * FIELD_BYTES + DATA_TAIL) > position
+    return load_acquire(fields + remainder(position - first, lanes) * FIELD_BYTES + DATA_TAIL) > position
 
 
 @device
 def _acknowledge(channel: int, op: int, index: int, lanes: int) -> None:
     """Step 7: give the slot of chunk `index` back, and go on to the one behind it."""
     position = load_i64(channel + CH_NEXT)
-    field = load_i64(channel + CH_ACK_FIELDS) + (index % lanes) * FIELD_BYTES
+    field = load_i64(channel + CH_ACK_FIELDS) + remainder(index, lanes) * FIELD_BYTES
     store_i64(field + ACK_EVENT_ID, load_i64(op + OP_EVENT_ID))
     store_i64(field + ACK_CHUNK_ID, index)
-    # SYNC POINT ring-ack: released after the slot was read; `send` acquires it.
+    # SYNC POINT ring-ack: released after the slot was read; `step_send` acquires it.
     store_release(field + ACK_HEAD, position + 1)
     store_i64(channel + CH_NEXT, position + 1)
     ring(load_i64(channel + CH_PEER_CONTROL))
@@ -248,7 +291,7 @@ def _acknowledge(channel: int, op: int, index: int, lanes: int) -> None:
 def _refuse(channel: int, op: int, slot: int) -> None:
     """Step 5, when the message is not the one that was asked for."""
     position = load_i64(channel + CH_NEXT)
-    refusal = load_i64(channel + CH_REFUSAL_TABLE) + (position % load_i64(channel + CH_SLOTS)) * REFUSAL_BYTES
+    refusal = load_i64(channel + CH_REFUSAL_TABLE) + remainder(position, load_i64(channel + CH_SLOTS)) * REFUSAL_BYTES
     store_i64(refusal + RF_EVENT_ID, load_i64(op + OP_EVENT_ID))
     store_i64(refusal + RF_BYTES, load_i64(op + OP_BYTES))
     store_i64(refusal + RF_LANES, load_i64(op + OP_LANES))
@@ -257,9 +300,9 @@ def _refuse(channel: int, op: int, slot: int) -> None:
     ring(load_i64(channel + CH_PEER_CONTROL))
     store_i64(channel + CH_STALE_FIRST, position)
     store_i64(channel + CH_STALE_LANES, load_i64(slot + SLOT_LANES))
-    store_i64(channel + CH_PEER_EVENT_ID, load_i64(slot + SLOT_EVENT_ID))
-    store_i64(channel + CH_PEER_BYTES, load_i64(slot + SLOT_MESSAGE_BYTES))
-    store_i64(channel + CH_PEER_LANES, load_i64(slot + SLOT_LANES))
+    store_i64(op + OP_PEER_EVENT_ID, load_i64(slot + SLOT_EVENT_ID))
+    store_i64(op + OP_PEER_BYTES, load_i64(slot + SLOT_MESSAGE_BYTES))
+    store_i64(op + OP_PEER_LANES, load_i64(slot + SLOT_LANES))
 
 
 @device
@@ -269,6 +312,25 @@ def _is_expected(op: int, slot: int) -> bool:
         and load_i64(slot + SLOT_MESSAGE_BYTES) == load_i64(op + OP_BYTES)
         and load_i64(slot + SLOT_LANES) == load_i64(op + OP_LANES)
     )
+
+
+@device
+def _accept(channel: int, op: int, slot: int) -> None:
+    """Step 5: the message that was asked for begins in this slot."""
+    n_bytes = load_i64(op + OP_BYTES)
+    chunk_bytes = load_i64(slot + SLOT_CHUNK_BYTES)
+    store_i64(op + OP_FIRST, load_i64(channel + CH_NEXT))
+    store_i64(op + OP_CHUNK_BYTES, chunk_bytes)
+    form = load_i64(slot + SLOT_FORM)
+    store_i64(op + OP_FORM, form)
+    if form != FORM_RING:
+        store_i64(op + OP_CHUNKS, 1)
+        store_i64(op + OP_PLACE, load_i64(slot + SLOT_PLACE))
+        offer(channel, op)
+    elif n_bytes <= chunk_bytes:
+        store_i64(op + OP_CHUNKS, 1)
+    else:
+        store_i64(op + OP_CHUNKS, -(-n_bytes // chunk_bytes))
 
 
 @device
@@ -284,28 +346,22 @@ def _read_chunk(channel: int, op: int, slot: int) -> None:
 
 
 @device
-def _receive(channel: int, op: int, until_ns: int) -> int:
-    """Steps 5 to 7: wait for each chunk, check the first one's header, copy, acknowledge.
+def step_receive(channel: int, op: int) -> int:
+    """Steps 5 to 7: check the first chunk's header, copy and acknowledge all chunks that are there.
 
-    Returns OK, SLICE, ABORTED, PENDING (nothing to do now, or not this operation's turn), or MISMATCH: this message was
-    refused.
+    The operation must be the first of its channel. Returns PENDING, MOVED or ENDED.
     """
-    control = load_i64(channel + CH_OWN_CONTROL)
-    if load_i64(channel + CH_TURN) != load_i64(op + OP_TICKET):
-        return PENDING
-    n = 0
-    while True:
-        seq = load_acquire(control + CTL_DOORBELL)
+    status = PENDING
+    # No more than one ring at a time, so that a call ends although a sender keeps pace with it.
+    for _ in range(load_i64(channel + CH_SLOTS)):
         if not _published(channel, op):
-            n = relax(control, n, seq, until_ns)
-            if n < 0:
-                return n
-            continue
-        settle(control, n)
-        n = 0
+            return status
+        status = MOVED
         position = load_i64(channel + CH_NEXT)
         slot = _slot(channel, position)
         if load_i64(op + OP_CHUNKS) == 0:
+            # It will be acknowledged soon; the line arrives while the slot is read.
+            prefetch_for_write(load_i64(channel + CH_ACK_FIELDS))
             lanes = load_i64(channel + CH_STALE_LANES)
             if lanes != 0 and load_i64(slot + SLOT_FIRST) == load_i64(channel + CH_STALE_FIRST):
                 # A chunk of the message that was refused last.
@@ -314,56 +370,17 @@ def _receive(channel: int, op: int, until_ns: int) -> int:
             store_i64(channel + CH_STALE_LANES, 0)
             if not _is_expected(op, slot):
                 _refuse(channel, op, slot)
-                store_i64(channel + CH_TURN, load_i64(op + OP_TICKET) + 1)
-                return MISMATCH
-            chunk_bytes = load_i64(slot + SLOT_CHUNK_BYTES)
-            store_i64(op + OP_FIRST, position)
-            store_i64(op + OP_CHUNK_BYTES, chunk_bytes)
-            store_i64(op + OP_CHUNKS, max(1, -(-load_i64(op + OP_BYTES) // chunk_bytes)))
+                store_i64(op + OP_RESULT, STATE_REFUSED)
+                return ENDED
+            _accept(channel, op, slot)
+        if load_i64(op + OP_FORM) != FORM_RING:
+            status = pull(channel, op, slot)
+            if status == ENDED and load_i64(op + OP_RESULT) == STATE_DONE:
+                _acknowledge(channel, op, 0, 1)
+                store_i64(op + OP_DONE, 1)
+            return status
         _read_chunk(channel, op, slot)
         if load_i64(op + OP_DONE) == load_i64(op + OP_CHUNKS):
-            store_i64(channel + CH_TURN, load_i64(op + OP_TICKET) + 1)
-            return OK
-        if until_ns != 0 and now_ns() >= until_ns:
-            return SLICE
-
-
-@device
-def _post(channel: int, op: int, buffer: int, n_bytes: int, event_id: int, lanes: int) -> None:
-    """Fill an operation, and give it the next ticket of its channel."""
-    ticket = load_i64(channel + CH_TICKETS)
-    store_i64(channel + CH_TICKETS, ticket + 1)
-    store_i64(op + OP_BUFFER, buffer)
-    store_i64(op + OP_BYTES, n_bytes)
-    store_i64(op + OP_EVENT_ID, event_id)
-    store_i64(op + OP_LANES, lanes)
-    store_i64(op + OP_TICKET, ticket)
-    store_i64(op + OP_FIRST, 0)
-    store_i64(op + OP_CHUNKS, 0)
-    store_i64(op + OP_DONE, 0)
-
-
-@kernel("int64(int64, int64, int64)")
-def send(channel: int, op: int, until_ns: int) -> int:
-    """Drive a send that was posted; see `_send`."""
-    return _send(channel, op, until_ns)
-
-
-@kernel("int64(int64, int64, int64)")
-def receive(channel: int, op: int, until_ns: int) -> int:
-    """Drive a receive that was posted; see `_receive`."""
-    return _receive(channel, op, until_ns)
-
-
-@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
-def post_send(channel: int, op: int, buffer: int, n_bytes: int, event_id: int, lanes: int, until_ns: int) -> int:
-    """Post a send and drive it: one call for the whole of a short one."""
-    _post(channel, op, buffer, n_bytes, event_id, lanes)
-    return _send(channel, op, until_ns)
-
-
-@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
-def post_receive(channel: int, op: int, buffer: int, n_bytes: int, event_id: int, lanes: int, until_ns: int) -> int:
-    """Post a receive and drive it."""
-    _post(channel, op, buffer, n_bytes, event_id, lanes)
-    return _receive(channel, op, until_ns)
+            store_i64(op + OP_RESULT, STATE_DONE)
+            return ENDED
+    return status

@@ -73,7 +73,7 @@ def _call_futex(builder: Any, address: Any, operation: int, value: Any, timeout:
 
 
 @intrinsic
-def _futex_wait(typingctx: Any, address: Any, value: Any, until_ns: Any) -> Any:
+def futex_wait(typingctx: Any, address: Any, value: Any, until_ns: Any) -> Any:
     """Sleep while the int32 at `address` is `value`; 0 when woken, -1 at the time, on a signal or a changed value."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -87,7 +87,7 @@ def _futex_wait(typingctx: Any, address: Any, value: Any, until_ns: Any) -> Any:
 
 
 @intrinsic
-def _futex_wake(typingctx: Any, address: Any, count: Any) -> Any:
+def futex_wake(typingctx: Any, address: Any, count: Any) -> Any:
     """Wake at most `count` sleepers on `address`; how many were woken."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -115,7 +115,7 @@ def now_ns(typingctx: Any) -> Any:
 def wake(control: int) -> None:
     """Raise the doorbell of a rank and wake it, whether it sleeps or not."""
     fetch_add(control + CTL_DOORBELL, 1)
-    _futex_wake(control + CTL_DOORBELL, 0x7FFFFFFF)
+    futex_wake(control + CTL_DOORBELL, 0x7FFFFFFF)
 
 
 @device
@@ -164,7 +164,7 @@ def relax(control: int, n: int, seq: int, until_ns: int) -> int:
     if load_acquire(control + CTL_ABORT) != 0:
         status = ABORTED
     else:
-        woken = _futex_wait(control + CTL_DOORBELL, seq & 0xFFFFFFFF, until_ns)
+        woken = futex_wait(control + CTL_DOORBELL, seq & 0xFFFFFFFF, until_ns)
         if (woken != 0 and load_acquire(control + CTL_DOORBELL) == seq) or now_ns() >= until_ns:
             status = SLICE
     if status != OK:
@@ -208,7 +208,7 @@ def sleep(control: int, until_ns: int) -> int:
     seq = load_i64(control + CTL_ARMED_SEQ)
     if load_acquire(control + CTL_ABORT) != 0:
         return ABORTED
-    _futex_wait(control + CTL_DOORBELL, seq & 0xFFFFFFFF, until_ns)
+    futex_wait(control + CTL_DOORBELL, seq & 0xFFFFFFFF, until_ns)
     return OK if load_acquire(control + CTL_DOORBELL) != seq else SLICE
 
 

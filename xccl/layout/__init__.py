@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from .a2e import DIE, PEER
+from .calls import CALLS, SYMMETRIC
 from .collectives import COLLECTIVE_RECORD, COLLECTIVE_STATE, COMMUNICATOR_BLOCK, INVITATION, PLAN
 from .moe import ENTRY, EXPERT_FIELD, ROUTING, STATE
 from .moe_push import PACKET, PACKET_ENTRY, PUSH, PUSH_FIELD, PUSH_STATUS, RETURN_PACKET
 from .record import Field, Record
-from .ring import ACK_FIELD, CHANNEL, DATA_FIELD, OPERATION, REFUSAL, SLOT
+from .ring import ACK_FIELD, ANSWER, CHANNEL, COPY, DATA_FIELD, DRIVER, OPERATION, REFUSAL, SLOT, TRANSFER
 from .segment import AGREEMENT, CONTROL, HEADER
 
 #: Every record, in the order of the documentation: shared ones first, then those that are private to a rank.
@@ -18,7 +19,9 @@ ALL_RECORDS: tuple[Record, ...] = (
     DATA_FIELD,
     ACK_FIELD,
     REFUSAL,
+    ANSWER,
     SLOT,
+    TRANSFER,
     EXPERT_FIELD,
     COMMUNICATOR_BLOCK,
     COLLECTIVE_RECORD,
@@ -31,6 +34,10 @@ ALL_RECORDS: tuple[Record, ...] = (
     RETURN_PACKET,
     CHANNEL,
     OPERATION,
+    COPY,
+    DRIVER,
+    CALLS,
+    SYMMETRIC,
     STATE,
     ROUTING,
     PUSH,

@@ -22,12 +22,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .record import HOT_LINE_BYTES, Record, align_up
-from .ring import FIELD_BYTES, MAX_LANES, REFUSAL_BYTES, SLOT_HEADER_BYTES
+from .ring import ANSWER_BYTES, FIELD_BYTES, MAX_LANES, REFUSAL_BYTES, SLOT_HEADER_BYTES
 
 #: "XCCLSEG1" as a little-endian integer.
 MAGIC = int.from_bytes(b"XCCLSEG1", "little")
 #: Raised with every change of any layout.
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 PAGE_BYTES = 4096
 
 HEADER = Record("segment header", "Written once by the owner; `ready` is published last (SYNC POINT segment-ready).")
@@ -140,8 +140,8 @@ class Geometry:
 
     @property
     def fields_per_peer_bytes(self) -> int:
-        """Bytes of the point-to-point fields of one peer: data and acknowledgement for each lane, and refusals."""
-        return 2 * MAX_LANES * FIELD_BYTES + self.ring_slots * REFUSAL_BYTES
+        """Bytes of the fields of one peer: data and acknowledgement for each lane, refusal and answer for each slot."""
+        return 2 * MAX_LANES * FIELD_BYTES + self.ring_slots * (REFUSAL_BYTES + ANSWER_BYTES)
 
     @property
     def expert_metadata_offset(self) -> int:
@@ -188,6 +188,10 @@ class Geometry:
     def refusals_offset(self, peer: int) -> int:
         """Where `peer`, as a receiver, refuses what this rank sent: [ring_slots] refusals."""
         return self.ack_fields_offset(peer) + MAX_LANES * FIELD_BYTES
+
+    def answers_offset(self, peer: int) -> int:
+        """Where `peer`, as a receiver, says where zero-copy messages of this rank go: [ring_slots] answers."""
+        return self.refusals_offset(peer) + self.ring_slots * REFUSAL_BYTES
 
     def ring_offset(self, peer: int) -> int:
         """The ring into which `peer` sends."""

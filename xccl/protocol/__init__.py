@@ -12,6 +12,8 @@ Nothing here touches memory. `comm` executes what is described, and a test asser
     onesided.barrier(ranks, last=None)                            arrive, release, await-release
     p2p.send_recv(ranks, source, destination, n_bytes,            write, announce, copy, acknowledge,
                   lanes=, engine=, slot_bytes=, ring_slots=)        await-acknowledgements
+    p2p.zero_copy(ranks, source, destination, n_bytes,            announce, accept, pull, push, acknowledge,
+                  lanes=, engine=, pushed=, answered=)              await-acknowledgement
     moe.dispatch(routing, hidden=, item_bytes=, quant=, lanes=)   await-pulled, write, announce, await-fields, pull,
     moe.combine(routing, hidden=, item_bytes=, lanes=)              release
     moe_push.dispatch(routing, ..., header_bytes=, flags_per=)    send, notify, await-flags, assemble

@@ -1,0 +1,139 @@
+"""Channels of a rank, and the records of what goes through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from ..layout import ring as layout
+from ..layout.ring import KIND_COPY, KIND_RECEIVE, KIND_SEND, MAX_LANES, OPERATION
+from .core import Core
+
+if TYPE_CHECKING:
+    from .driver import Driver
+    from .p2p import Request
+
+_CHUNK = 64
+
+
+class OperationRecord:
+    """The record of one operation, used again and again.
+
+    Attributes:
+        words: its 64-bit words.
+        address: where it is.
+    """
+
+    __slots__ = ("address", "words")
+
+    def __init__(self, words: memoryview, address: int) -> None:
+        self.words = words
+        self.address = address
+
+
+class OperationPool:
+    """Records of operations; memory for them is taken a chunk at a time, and kept."""
+
+    def __init__(self) -> None:
+        self._chunks: list[npt.NDArray[np.int64]] = []
+        self._free: list[OperationRecord] = []
+        self.give_back = self._free.append
+
+    def take(self) -> OperationRecord:
+        """A record that nobody uses."""
+        if not self._free:
+            self._free += self._more()
+        return self._free.pop()
+
+    def _more(self) -> Iterator[OperationRecord]:
+        chunk = np.zeros((_CHUNK, OPERATION.size_bytes // 8), np.int64)
+        self._chunks.append(chunk)
+        for row in chunk:
+            yield OperationRecord(row.data, row.ctypes.data)
+
+
+class Channel:
+    """One direction of a pair, with its ring, which is committed when the pair first talks in that direction.
+
+    Attributes:
+        peer: the other rank.
+        sending: this rank sends.
+        kind: what it carries, one of the KIND_ codes.
+        under_way: the requests that have not ended, by the address of their record, in order of posting.
+        broken: why the channel can't be used any more; None if it can.
+        spare: the record for the next blocking call.
+    """
+
+    def __init__(self, core: Core, driver: Driver, peer: int, *, kind: int) -> None:
+        self.peer = peer
+        self.sending = kind != KIND_RECEIVE
+        self.name = {KIND_SEND: f"send to rank {peer}", KIND_RECEIVE: f"recv from rank {peer}"}.get(kind, "copies")
+        self.kind = kind
+        self.under_way: dict[int, Request] = {}
+        self.broken: str | None = None
+        self._core = core
+        self._driver = driver
+        self._state = driver.take_state()
+        self._slots = np.zeros((2, core.fabric.geometry.ring_slots), np.int64)
+        self.address: int = self._state.ctypes.data
+        self._set({layout.CH_KIND: kind, layout.CH_OWN_CONTROL: core.control})
+        if kind != KIND_COPY:
+            self._set_up_ring(kind)
+        self.renew_spare()
+
+    def _set(self, words: dict[int, int]) -> None:
+        for offset, value in words.items():
+            self._state[offset // 8] = value
+
+    def _set_up_ring(self, kind: int) -> None:
+        fabric, rank, peer = self._core.fabric, self._core.rank, self.peer
+        geometry, segments = fabric.geometry, fabric.segments
+        sender, receiver = (rank, peer) if kind == KIND_SEND else (peer, rank)
+        fields = geometry.data_fields_offset(sender)
+        acks = geometry.ack_fields_offset(receiver)
+        ring_offset = geometry.ring_offset(sender)
+        # Either side may come first, and touches both; committing twice costs nothing.
+        fabric.commit(receiver, fields, MAX_LANES * layout.FIELD_BYTES)
+        fabric.commit(sender, acks, geometry.fields_per_peer_bytes - MAX_LANES * layout.FIELD_BYTES)
+        fabric.commit(receiver, ring_offset, geometry.ring_bytes)
+        reach, pid = fabric.private_reach(peer)
+        self._set(
+            {
+                layout.CH_PEER_CONTROL: int(fabric.controls[peer]),
+                layout.CH_RING: int(segments[receiver]) + ring_offset,
+                layout.CH_DATA_FIELDS: int(segments[receiver]) + fields,
+                layout.CH_ACK_FIELDS: int(segments[sender]) + acks,
+                layout.CH_SLOTS: geometry.ring_slots,
+                layout.CH_SLOT_BYTES: geometry.slot_bytes,
+                layout.CH_SLOT_STRIDE: geometry.slot_stride_bytes,
+                layout.CH_SLOT_LANES: self._slots[0].ctypes.data,
+                layout.CH_STARTS: self._slots[1].ctypes.data,
+                layout.CH_REFUSAL_TABLE: int(segments[sender]) + geometry.refusals_offset(receiver),
+                layout.CH_ANSWER_TABLE: int(segments[sender]) + geometry.answers_offset(receiver),
+                layout.CH_OWN_SEGMENT: int(segments[rank]),
+                layout.CH_SEGMENT_BYTES: fabric.segment_bytes,
+                layout.CH_PEER_SEGMENT: int(segments[peer]),
+                layout.CH_REACH: reach,
+                layout.CH_PEER_PID: pid,
+            }
+        )
+
+    def reaches(self, address: int, n_bytes: int) -> bool:
+        """Can the peer reach a buffer of this rank without the ring?"""
+        if self._state[layout.CH_REACH // 8] != layout.REACH_NONE:
+            return True
+        offset = address - int(self._state[layout.CH_OWN_SEGMENT // 8])
+        return offset >= 0 and offset + n_bytes <= int(self._state[layout.CH_SEGMENT_BYTES // 8])
+
+    def renew_spare(self) -> None:
+        """The spare record was used for a request: take another one."""
+        self.spare = self._driver.pool.take()
+        self._set({layout.CH_SPARE: self.spare.address})
+
+    def retire(self) -> None:
+        """Nobody uses the channel any more, and nothing is under way."""
+        self._driver.give_back_state(self._state)
+        self._driver.pool.give_back(self.spare)

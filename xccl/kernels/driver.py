@@ -1,0 +1,443 @@
+"""What moves operations on: the order within a channel, one wait for all of them, and the loop of a DMA engine.
+
+Rules
+- A channel has a list of its operations, in the order of their posting. A receive goes on when it is the first of its
+  list, a list of copies too; a send starts when all before it are written, and ends when it is acknowledged.
+- Whoever is in a call of the rank drives all operations of the rank's own (`progress`), once, and never waits for
+  anything. `wait_for` does so again and again until one of them has ended, and sleeps on the doorbell in between.
+- The DMA engine of a rank is a thread in `serve`. It drives the operations that were queued for it, and no others. It
+  sleeps on a doorbell of its own while there are none, so that an idle engine costs the rank's peers no wake-ups.
+- An operation that has ended is taken out of its channel, and put on the list of those that the rank has not collected
+  yet. Its state is published last: then nobody but the rank touches the operation.
+
+With a DMA engine two threads use the channels: each channel has a lock then, held while its list is walked. Either
+thread may do what the other waits for (a message that is not written blocks those behind it), so after it has moved
+something it rings the rank's doorbell.
+"""
+
+from __future__ import annotations
+
+from ..layout.ring import (
+    CH_HEAD,
+    CH_KIND,
+    CH_LOCK,
+    CH_TAIL,
+    COPY,
+    CP_BYTES,
+    CP_DESTINATION,
+    CP_SOURCE,
+    DR_BELL,
+    DR_CHANNELS,
+    DR_CONTROL,
+    DR_COUNT,
+    DR_ENDED,
+    DR_HAS_ENGINE,
+    DR_IDLE,
+    DR_QUEUED,
+    DR_STOP,
+    ENGINE_DMA,
+    ENGINE_MTE,
+    FORM_RING,
+    KIND_RECEIVE,
+    KIND_SEND,
+    MAX_PIECE_BYTES,
+    OP_BUFFER,
+    OP_BYTES,
+    OP_CHANNEL,
+    OP_CHUNKS,
+    OP_DONE,
+    OP_ENGINE,
+    OP_EVENT_ID,
+    OP_FIRST,
+    OP_FORM,
+    OP_LANES,
+    OP_LINK,
+    OP_MOVED,
+    OP_PIECES,
+    OP_PLACE,
+    OP_RESULT,
+    OP_SIGNAL,
+    OP_SIGNAL_CONTROL,
+    OP_SIGNAL_VALUE,
+    OP_STATE,
+    OP_TAKES,
+    OP_TARGET_FORM,
+    STATE_DONE,
+    STATE_UNDER_WAY,
+    STATE_WITHDRAWN,
+    TAKES_LATER,
+)
+from ..layout.segment import CTL_ABORT, CTL_DOORBELL
+from ._jit import device, kernel
+from .atomics import (
+    compare_and_swap,
+    cpu_pause,
+    fence_seq_cst,
+    fetch_add,
+    load_acquire,
+    load_i64,
+    store_i64,
+    store_release,
+)
+from .copy import copy_bytes
+from .ring import is_written, slot_of, step_receive, step_send
+from .wait import ABORTED, OK, SLICE, futex_wait, futex_wake, now_ns, relax, ring, sched_yield, settle
+from .zerocopy import ENDED, MOVED, locate, withdraw
+
+#: Bytes that one step of a list of copies moves before it looks at anything else.
+_COPY_BYTES_A_STEP = 1 << 20
+_DESCRIPTOR_BYTES = COPY.size_bytes
+
+
+# -- lists ------------------------------------------------------------------------------------------------------------
+
+
+@device
+def _lock(driver: int, channel: int) -> None:
+    """The other thread holds it for no longer than a step."""
+    if load_i64(driver + DR_HAS_ENGINE) == 0:
+        return
+    while compare_and_swap(channel + CH_LOCK, 0, 1) != 0:
+        sched_yield()
+
+
+@device
+def _unlock(driver: int, channel: int) -> None:
+    if load_i64(driver + DR_HAS_ENGINE) != 0:
+        store_release(channel + CH_LOCK, 0)
+
+
+@device
+def prepare(
+    channel: int, op: int, buffer: int, n_bytes: int, event_id: int, lanes: int, engine: int, zero_copy: bool
+) -> None:
+    """Fill an operation."""
+    form, place = FORM_RING, 0
+    if zero_copy:
+        form, place = locate(channel, buffer, n_bytes)
+    store_i64(op + OP_STATE, STATE_UNDER_WAY)
+    store_i64(op + OP_BUFFER, buffer)
+    store_i64(op + OP_BYTES, n_bytes)
+    store_i64(op + OP_EVENT_ID, event_id)
+    store_i64(op + OP_LANES, lanes)
+    store_i64(op + OP_ENGINE, engine)
+    store_i64(op + OP_FORM, form)
+    store_i64(op + OP_PLACE, place)
+    store_i64(op + OP_FIRST, 0)
+    store_i64(op + OP_CHUNKS, 0)
+    store_i64(op + OP_DONE, 0)
+    store_i64(op + OP_PIECES, 0)
+    store_i64(op + OP_MOVED, 0)
+    store_i64(op + OP_TAKES, TAKES_LATER)
+    store_i64(op + OP_TARGET_FORM, FORM_RING)
+    store_i64(op + OP_CHANNEL, channel)
+    store_i64(op + OP_LINK, 0)
+
+
+@device
+def append(driver: int, channel: int, op: int) -> None:
+    """Put an operation at the end of its channel's list."""
+    _lock(driver, channel)
+    tail = load_i64(channel + CH_TAIL)
+    if tail == 0:
+        store_i64(channel + CH_HEAD, op)
+    else:
+        store_i64(tail + OP_LINK, op)
+    store_i64(channel + CH_TAIL, op)
+    _unlock(driver, channel)
+    if load_i64(op + OP_ENGINE) == ENGINE_DMA:
+        fetch_add(driver + DR_QUEUED, 1)
+        fetch_add(driver + DR_BELL, 1)  # also the full fence between the queue and the look at `idle`
+        if load_acquire(driver + DR_IDLE) != 0:
+            futex_wake(driver + DR_BELL, 1)
+        ring(load_i64(driver + DR_CONTROL))
+
+
+@device
+def _remove(driver: int, channel: int, previous: int, op: int) -> None:
+    """Take an operation that has ended out of its channel, and let the rank collect it."""
+    following = load_i64(op + OP_LINK)
+    if previous == 0:
+        store_i64(channel + CH_HEAD, following)
+    else:
+        store_i64(previous + OP_LINK, following)
+    if following == 0:
+        store_i64(channel + CH_TAIL, previous)
+    if load_i64(op + OP_ENGINE) == ENGINE_DMA:
+        fetch_add(driver + DR_QUEUED, -1)
+    while True:
+        ended = load_acquire(driver + DR_ENDED)
+        store_i64(op + OP_LINK, ended)
+        if compare_and_swap(driver + DR_ENDED, ended, op) == ended:
+            break
+    # SYNC POINT operation-ended: released after everything else; `wait_for` and `next_ended` acquire it.
+    store_release(op + OP_STATE, load_i64(op + OP_RESULT))
+
+
+@kernel("int64(int64)")
+def next_ended(driver: int) -> int:
+    """Take one operation off the list of those that have ended; its address, or 0 if there is none."""
+    while True:
+        op = load_acquire(driver + DR_ENDED)
+        if op == 0:
+            return 0
+        if compare_and_swap(driver + DR_ENDED, op, load_i64(op + OP_LINK)) == op:
+            # SYNC POINT operation-ended: it is on the list a moment before its state is set.
+            while load_acquire(op + OP_STATE) == STATE_UNDER_WAY:
+                cpu_pause()
+            return op
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+@device
+def _step_copies(op: int) -> int:
+    """Copy the next part of a list; behind the last one, add to the signal."""
+    copies = load_i64(op + OP_CHUNKS)
+    done = load_i64(op + OP_DONE)
+    moved = load_i64(op + OP_MOVED)
+    budget = _COPY_BYTES_A_STEP
+    while done < copies and budget > 0:
+        descriptor = load_i64(op + OP_BUFFER) + done * _DESCRIPTOR_BYTES
+        n_bytes = load_i64(descriptor + CP_BYTES)
+        part = min(MAX_PIECE_BYTES, n_bytes - moved)
+        copy_bytes(load_i64(descriptor + CP_DESTINATION) + moved, load_i64(descriptor + CP_SOURCE) + moved, part)
+        moved += part
+        budget -= max(part, 512)
+        if moved == n_bytes:
+            done += 1
+            moved = 0
+    store_i64(op + OP_DONE, done)
+    store_i64(op + OP_MOVED, moved)
+    if done < copies:
+        return MOVED
+    if load_i64(op + OP_SIGNAL) != 0:
+        # SYNC POINT signal: added after the data; `wait_until` acquires it.
+        fetch_add(load_i64(op + OP_SIGNAL), load_i64(op + OP_SIGNAL_VALUE))
+        ring(load_i64(op + OP_SIGNAL_CONTROL))
+    store_i64(op + OP_RESULT, STATE_DONE)
+    return ENDED
+
+
+@device
+def _drive_sends(driver: int, channel: int, engine: int) -> bool:
+    moved = False
+    previous = 0
+    op = load_i64(channel + CH_HEAD)
+    # Answers and acknowledgements come in order: behind a message that has none there are no others.
+    is_waiting = False
+    while op != 0:
+        following = load_i64(op + OP_LINK)
+        written = is_written(op)
+        if load_i64(op + OP_ENGINE) == engine and not (is_waiting and written):
+            status = step_send(channel, op)
+            if status == ENDED:
+                _remove(driver, channel, previous, op)
+                moved = True
+                op = following
+                continue
+            if status == MOVED:
+                moved = True
+            elif written:
+                is_waiting = True
+        if not is_written(op):
+            break
+        previous = op
+        op = following
+    return moved
+
+
+@device
+def _drive_first(driver: int, channel: int, engine: int) -> bool:
+    """Receives and copies: one after the other."""
+    moved = False
+    is_receiving = load_i64(channel + CH_KIND) == KIND_RECEIVE
+    op = load_i64(channel + CH_HEAD)
+    while op != 0 and load_i64(op + OP_ENGINE) == engine:
+        following = load_i64(op + OP_LINK)
+        status = step_receive(channel, op) if is_receiving else _step_copies(op)
+        if status != ENDED:
+            return moved or status == MOVED
+        moved = True
+        _remove(driver, channel, 0, op)
+        op = following
+    return moved
+
+
+@device
+def drive(driver: int, channel: int, engine: int) -> bool:
+    """Do what can be done at once for the operations of a channel that are driven by `engine`."""
+    if load_i64(channel + CH_HEAD) == 0:
+        return False
+    _lock(driver, channel)
+    if load_i64(channel + CH_KIND) == KIND_SEND:
+        moved = _drive_sends(driver, channel, engine)
+    else:
+        moved = _drive_first(driver, channel, engine)
+    _unlock(driver, channel)
+    if moved and load_i64(driver + DR_HAS_ENGINE) != 0:
+        ring(load_i64(driver + DR_CONTROL))  # the other thread may wait for this
+    return moved
+
+
+@device
+def _drive_all(driver: int, engine: int) -> bool:
+    moved = False
+    channels = load_i64(driver + DR_CHANNELS)
+    for i in range(load_i64(driver + DR_COUNT)):
+        if drive(driver, load_i64(channels + 8 * i), engine):
+            moved = True
+    return moved
+
+
+# -- entry points -----------------------------------------------------------------------------------------------------
+
+
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+def post(
+    driver: int,
+    channel: int,
+    op: int,
+    buffer: int,
+    n_bytes: int,
+    event_id: int,
+    lanes: int,
+    engine: int,
+    zero_copy: int,
+) -> int:
+    """Post a send or a receive, and drive its channel once; the operation's state."""
+    prepare(channel, op, buffer, n_bytes, event_id, lanes, engine, zero_copy != 0)
+    append(driver, channel, op)
+    drive(driver, channel, ENGINE_MTE)
+    return load_acquire(op + OP_STATE)
+
+
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+def post_copies(
+    driver: int,
+    channel: int,
+    op: int,
+    descriptors: int,
+    count: int,
+    n_bytes: int,
+    engine: int,
+    signal: int,
+    value: int,
+    control: int,
+) -> int:
+    """Post a list of copies with a signal behind them (or `signal` 0); the operation's state."""
+    prepare(channel, op, descriptors, n_bytes, 0, 1, engine, False)
+    store_i64(op + OP_CHUNKS, count)
+    store_i64(op + OP_SIGNAL, signal)
+    store_i64(op + OP_SIGNAL_VALUE, value)
+    store_i64(op + OP_SIGNAL_CONTROL, control)
+    append(driver, channel, op)
+    drive(driver, channel, ENGINE_MTE)
+    return load_acquire(op + OP_STATE)
+
+
+@kernel("int64(int64)")
+def progress(driver: int) -> int:
+    """Drive all operations of the rank's own once, and wait for nothing; ABORTED if the session is over."""
+    _drive_all(driver, ENGINE_MTE)
+    return ABORTED if load_acquire(load_i64(driver + DR_CONTROL) + CTL_ABORT) != 0 else OK
+
+
+@device
+def wait_for_ended(driver: int, op: int, until_ns: int) -> int:
+    """Drive all operations of the rank's own until `op` has ended."""
+    control = load_i64(driver + DR_CONTROL)
+    n = 0
+    while True:
+        seq = load_acquire(control + CTL_DOORBELL)
+        moved = _drive_all(driver, ENGINE_MTE)
+        # SYNC POINT operation-ended: acquires what the operation has brought.
+        if load_acquire(op + OP_STATE) != STATE_UNDER_WAY:
+            settle(control, n)
+            return OK
+        if moved:
+            settle(control, n)
+            n = 0
+            if until_ns == 0 or now_ns() < until_ns:
+                continue
+            return SLICE
+        n = relax(control, n, seq, until_ns)
+        if n < 0:
+            return n
+
+
+@kernel("int64(int64, int64, int64)")
+def wait_for(driver: int, op: int, until_ns: int) -> int:
+    """`wait_for_ended`, for Python code: OK, SLICE, ABORTED, or PENDING if `until_ns` is 0."""
+    return wait_for_ended(driver, op, until_ns)
+
+
+@kernel("int64(int64, int64, int64)")
+def give_up(driver: int, op: int, until_ns: int) -> int:
+    """Take an operation out of its channel before it has ended; its buffer is its owner's again on OK.
+
+    Returns SLICE if the other side is in the middle of a piece of it all the time: then the buffer must stay alive.
+    """
+    channel = load_i64(op + OP_CHANNEL)
+    _lock(driver, channel)
+    status = OK
+    previous = 0
+    at = load_i64(channel + CH_HEAD)
+    while at != 0 and at != op:
+        previous = at
+        at = load_i64(at + OP_LINK)
+    if at == op:
+        if load_i64(op + OP_FORM) != FORM_RING and load_i64(op + OP_CHUNKS) != 0:
+            sending = load_i64(channel + CH_KIND) == KIND_SEND
+            if not sending or load_i64(op + OP_DONE) != 0:
+                status = withdraw(op, slot_of(channel, op), sending, until_ns)
+        store_i64(op + OP_RESULT, STATE_WITHDRAWN)
+        _remove(driver, channel, previous, op)
+    _unlock(driver, channel)
+    return status
+
+
+@kernel("int64(int64, int64)")
+def serve(driver: int, until_ns: int) -> int:
+    """The DMA engine: drive what was queued for it. OK when it is told to stop, SLICE at the time, or ABORTED."""
+    control = load_i64(driver + DR_CONTROL)
+    n = 0
+    while load_acquire(driver + DR_STOP) == 0:
+        if load_acquire(control + CTL_ABORT) != 0:
+            settle(control, n)
+            return ABORTED
+        if load_acquire(driver + DR_QUEUED) == 0:
+            settle(control, n)
+            n = 0
+            bell = load_acquire(driver + DR_BELL)
+            store_i64(driver + DR_IDLE, 1)
+            fence_seq_cst()
+            if load_acquire(driver + DR_QUEUED) == 0 and load_acquire(driver + DR_STOP) == 0:
+                futex_wait(driver + DR_BELL, bell & 0xFFFFFFFF, until_ns)
+            store_release(driver + DR_IDLE, 0)
+            if now_ns() >= until_ns:
+                return SLICE
+            continue
+        seq = load_acquire(control + CTL_DOORBELL)
+        if _drive_all(driver, ENGINE_DMA):
+            settle(control, n)
+            n = 0
+            if now_ns() >= until_ns:
+                return SLICE
+            continue
+        n = relax(control, n, seq, until_ns)
+        if n < 0:
+            return n
+    settle(control, n)
+    return OK
+
+
+@kernel("void(int64)")
+def stop(driver: int) -> None:
+    """Tell the DMA engine to end, whatever it waits for."""
+    store_release(driver + DR_STOP, 1)
+    fetch_add(driver + DR_BELL, 1)
+    futex_wake(driver + DR_BELL, 1)
+    fence_seq_cst()
+    ring(load_i64(driver + DR_CONTROL))

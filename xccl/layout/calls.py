@@ -1,0 +1,39 @@
+"""Layouts of what calls look at that go from Python straight into a kernel (`xccl.kernels.calls`)."""
+
+from __future__ import annotations
+
+from .record import Record
+
+CALLS = Record(
+    "call state",
+    "Private to a rank, one for each of its communicators: what direct calls need to know. Types, strings and None are "
+    "known by the addresses of their objects, which live as long as the process.",
+)
+CA_DETOUR = CALLS.add(
+    "detour", 8, "not 0 if calls must go the long way: the session is over, or operations are recorded"
+)
+CA_CONTROL = CALLS.add("control", 8, "address of the own control area")
+CA_RANK = CALLS.add("rank", 8, "this rank")
+CA_RANKS = CALLS.add("ranks", 8, "number of ranks")
+CA_CONTROLS = CALLS.add("controls", 8, "address of [ranks] addresses of control areas")
+CA_DRIVER = CALLS.add("driver", 8, "address of the driver of send and receive")
+CA_SEND_CHANNELS = CALLS.add("send_channels", 8, "address of [ranks] addresses of channels, 0 where there is none")
+CA_RECEIVE_CHANNELS = CALLS.add("receive_channels", 8, "the same, of those that receive")
+CA_SPINS = CALLS.add("spins", 8, "looks at the awaited word before the interpreter's lock is given up")
+CA_SLICE_NS = CALLS.add("slice_ns", 8, "longest wait before Python looks at signals, deadlines and peers")
+CA_BEGAN_NS = CALLS.add("began_ns", 8, "when the last wait began that did not end while it spun; 0 if it did")
+CA_TYPE_INT = CALLS.add("type_int", 8, "`int`")
+CA_TYPE_ARRAY = CALLS.add("type_array", 8, "`numpy.ndarray`")
+CA_NONE = CALLS.add("none", 8, "`None`")
+CA_AUTO = CALLS.add("auto", 8, "the string auto")
+CA_MTE = CALLS.add("mte", 8, "the string mte")
+CA_OPS = CALLS.add("ops", 2 * 8, "the strings set and add")
+CA_COMPARISONS = CALLS.add("comparisons", 6 * 8, "the strings eq, ne, gt, ge, lt, le")
+
+SYMMETRIC = Record("symmetric memory", "Private to a rank: one for each symmetric array, and for each set of signals.")
+SY_ALIVE = SYMMETRIC.add("alive", 8, "1 until it is freed")
+SY_CALLS = SYMMETRIC.add("calls", 8, "address of the call state of its communicator")
+SY_COUNT = SYMMETRIC.add("count", 8, "elements of a rank's copy, or words")
+SY_ITEM_BYTES = SYMMETRIC.add("item_bytes", 8, "bytes of an element, or from word to word")
+SY_ADDRESSES = SYMMETRIC.add("addresses", 8, "address of [ranks] addresses of the copies")
+SY_DTYPE = SYMMETRIC.add("dtype", 8, "address of the dtype object; 0 for signals")
