@@ -102,12 +102,12 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_options(monkeypatch: pytest.MonkeyPatch) -> None:
     line = (
         "dispatch --ranks 4 --fabric local -b 16 -e 1M -f 4 -n 7 -w 0 --tokens 8,16 --hidden 64 --experts 32 --topk 2 "
-        "--dtype fp16 --quant none --protocol pull --routing zipf:1.2 --seed 5 --lanes 3 --mode ring --engine dma "
+        "--dtype fp16 --quant none --protocol push --rows dedup --routing zipf:1.2 --seed 5 --lanes 3 --mode ring --engine dma "
         "--no-check --timeout 9 --back-to-back"
     )
     assert parsed(monkeypatch, *line.split()) == BenchOptions(
-        "dispatch", 4, "local", 16, 2**20, 4, 7, 0, (8, 16), 64, 32, 2, "fp16", "none", "pull", "zipf:1.2", 5, 3, "ring",
-        "dma", False, 9.0, True,
+        "dispatch", 4, "local", 16, 2**20, 4, 7, 0, (8, 16), 64, 32, 2, "fp16", "none", "push", "dedup", "zipf:1.2", 5, 3,
+        "ring", "dma", False, 9.0, True,
     )  # fmt: skip
 
 
