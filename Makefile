@@ -29,7 +29,7 @@ test: $(STAMP)-test ## all tests, and the benchmarks as plain tests
 bench: $(STAMP)-bench ## benchmarks, saved under .benchmarks for --benchmark-compare
 	$(BIN)/python -m pytest bench --benchmark-autosave
 
-peers: $(STAMP)-$(PEERS) ## xccl beside Open MPI, MPICH, gloo and multiprocessing, 12 minutes
+peers: $(STAMP)-$(PEERS) ## xccl beside Open MPI, MPICH, gloo and multiprocessing, 13 minutes
 	$(BIN)/python -m bench.peers
 
 lint: $(STAMP)-lint ## style, format, types, layers

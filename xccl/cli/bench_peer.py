@@ -71,7 +71,7 @@ def run_peer(args: argparse.Namespace, options: BenchOptions, benchmark: Benchma
     minutes = max(1, len(sizes)) * (_MINUTES_OF_MOE if options.op == "moe" else _MINUTES_A_SIZE)
     command = [
         sys.executable, "-m", "bench.peers", "--only", options.op, "--peer", args.peer, "--ranks", str(options.ranks),
-        "--hidden", str(options.hidden), "--experts", str(options.experts), "--minutes", str(minutes),
+        "--hidden", str(options.hidden), "--experts", str(options.experts), "--minutes", f"{minutes:.2f}",
     ]  # fmt: skip
     if sizes:
         command += ["--sizes", *map(str, sizes)]
