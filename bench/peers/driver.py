@@ -8,11 +8,13 @@ Where each rank has a core, the kernel tells whether another process took it awa
 the other process. If a turn has others, it does not count; if not, the turn says so.
 
 A cell has a budget of time, for as many rounds as it allows; at least three, or one if that takes several times as
-long. All that take part do so in every round, so figures of a round belong together.
+long. Figures of a round belong together. Peers that no target is for take part in every fourth round only: they are
+often the slowest, and would take most of the time.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -29,8 +31,9 @@ from bench.peers.work import Block, Cell
 _ROUNDS: Final = 20
 _MOST_ROUNDS: Final = 60
 _FEWEST_ROUNDS: Final = 3
+_ROUNDS_PER_EXTRA_TURN: Final = 4
 #: A cell that has taken so many times its budget is over.
-_MOST_OVERRUN: Final = 4.0
+_MOST_OVERRUN: Final = 3.0
 _BLOCK_S: Final = 5e-4
 _MOST_BLOCKS: Final = 16
 _MOST_OPERATIONS: Final = 1 << 14
@@ -45,7 +48,7 @@ class Entry:
     """What one contestant did in a cell.
 
     Attributes:
-        turns_us: the figure of each turn, in microseconds an operation.
+        turns_us: the figure of each round, in microseconds an operation; NaN where it took no part.
         disturbed: turns in which no block was undisturbed.
         wrong: wrong elements of the checked operation, or None.
         note: what to know of the figure.
@@ -105,7 +108,10 @@ class Driver:
                 self._session(library)
         begin = time.monotonic()
         plans = [plan for contestant, entry in entries.items() if (plan := self._prepare(cell, contestant, entry))]
-        turn_s = budget_s / max(len(plans), 1) / _ROUNDS
+        for plan in plans:
+            plan.is_extra = operation.is_extra(plan.contestant)
+        turns = sum(1 / _ROUNDS_PER_EXTRA_TURN if plan.is_extra else 1 for plan in plans) * _ROUNDS
+        turn_s = budget_s / max(turns, 1)
         for plan in plans:
             self._guarded(plan, partial(plan.estimate, turn_s))
         for done in range(_MOST_ROUNDS):
@@ -113,7 +119,10 @@ class Driver:
             if spent_s > (budget_s if done >= _FEWEST_ROUNDS else _MOST_OVERRUN * budget_s) and done:
                 break
             for plan in plans:
-                self._guarded(plan, plan.take_turn)
+                if plan.is_extra and done % _ROUNDS_PER_EXTRA_TURN:
+                    plan.entry.turns_us.append(math.nan)
+                else:
+                    self._guarded(plan, plan.take_turn)
         for plan in plans:
             self._guarded(plan, plan.close)
         return CellResult(operation, cell, entries)
@@ -173,6 +182,7 @@ class _Plan:
     per_operation: float
     operations: int = 1
     blocks: int = 1
+    is_extra: bool = False
 
     def estimate(self, turn_s: float) -> None:
         """Find out how many operations make a block, and how many blocks a turn."""

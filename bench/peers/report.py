@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
+
+import numpy as np
 
 from bench.peers.driver import CellResult, Entry
 from bench.peers.names import COPY, PEERS, XCCL
@@ -128,7 +131,7 @@ def closing(results: Sequence[CellResult]) -> list[str]:
     texts += [
         f"missed: {line.name} {times:.2f} times the limit" for times, line in sorted(behind, key=lambda pair: -pair[0])
     ]
-    turns = sum(len(entry.turns_us) for result in results for entry in result.entries.values())
+    turns = sum(int(np.isfinite(entry.turns_us).sum()) for result in results for entry in result.entries.values())
     disturbed = sum(entry.disturbed for result in results for entry in result.entries.values())
     if disturbed:
         texts.append(f"disturbed: in {disturbed} of {turns} turns other processes took a core in every block")
@@ -166,14 +169,20 @@ def to_json(results: Sequence[CellResult], versions: dict[str, str], command: Se
             {
                 **asdict(result.cell),
                 "entries": [
-                    {"library": c.library, "variant": c.variant, "median_us": entry.median_us, **asdict(entry)}
+                    {
+                        **asdict(entry),
+                        "library": c.library,
+                        "variant": c.variant,
+                        "median_us": entry.median_us,
+                        "turns_us": [_finite(us) for us in entry.turns_us],
+                    }
                     for c, entry in result.entries.items()
                 ],
                 "comparisons": [
                     {
                         "xccl": line.comparison.ours,
                         "variant": line.comparison.theirs,
-                        "ratios": {peer: asdict(found) if found else None for peer, found in line.ratios.items()},
+                        "ratios": {peer: found and _ratio(found) for peer, found in line.ratios.items()},
                         "against": line.against,
                         "limit": line.limit,
                         "verdict": line.verdict or None,
@@ -186,6 +195,15 @@ def to_json(results: Sequence[CellResult], versions: dict[str, str], command: Se
         ],
         "not_compared": list(NOT_COMPARED),
     }
+
+
+def _finite(number: float) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return number if math.isfinite(number) else None
+
+
+def _ratio(found: Ratio) -> dict[str, float | None]:
+    return {name: _finite(number) for name, number in asdict(found).items()}
 
 
 def _us(us: float | None) -> str:

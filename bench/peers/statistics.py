@@ -33,21 +33,23 @@ def ratio(ours: npt.ArrayLike, theirs: npt.ArrayLike, seed: int = 0) -> Ratio:
     """The median of `ours` over that of `theirs`, with a percentile bootstrap interval (Efron, 1979).
 
     Args:
-        ours: [turns] figures above 0, taken in turn with `theirs`.
-        theirs: [turns] the same; of an unequal number the first ones that both have count.
+        ours: [rounds] figures above 0, NaN in rounds without one.
+        theirs: [rounds] the same. Rounds that both have count.
         seed: of the resampling: the same figures give the same interval.
 
-    Turns are resampled in pairs, since what disturbs the machine for a while disturbs both figures of a turn. With one
-    turn nothing can be said of the interval: it is everything from 0 to infinity.
+    Rounds are resampled, since what disturbs the machine for a while disturbs both figures of a round. With one round
+    nothing can be said of the interval: it is everything from 0 to infinity.
 
     Raises:
-        ValueError: no turn that both have.
+        ValueError: no round that both have.
     """
     a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    turns = min(len(a), len(b))
+    rounds = min(len(a), len(b))
+    both = np.isfinite(a[:rounds]) & np.isfinite(b[:rounds])
+    a, b = a[:rounds][both], b[:rounds][both]
+    turns = len(a)
     if not turns:
-        raise ValueError("a ratio needs a turn of both")
-    a, b = a[:turns], b[:turns]
+        raise ValueError("a ratio needs a round of both")
     value = float(np.median(a) / np.median(b))
     if turns == 1:
         return Ratio(value, 0.0, float("inf"))
@@ -59,5 +61,5 @@ def ratio(ours: npt.ArrayLike, theirs: npt.ArrayLike, seed: int = 0) -> Ratio:
 
 
 def median(figures: Any) -> float:
-    """As a float."""
-    return float(np.median(np.asarray(figures, np.float64)))
+    """As a float, of those that are not NaN."""
+    return float(np.nanmedian(np.asarray(figures, np.float64)))

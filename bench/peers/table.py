@@ -81,6 +81,11 @@ class Operation:
                 for size in (sizes and self.sizes != (0,) and sizes) or self.sizes:
                     yield Cell(self.op, n, size)
 
+    def is_extra(self, contestant: Contestant) -> bool:
+        """Is it a peer that no target is for?"""
+        main = {(peer, comparison.theirs) for comparison in self.comparisons for peer in comparison.against}
+        return contestant.library not in (XCCL, COPY) and (contestant.library, contestant.variant) not in main
+
     def ways(self, cell: Cell, chosen: Sequence[str] = ()) -> list[Comparison]:
         """The comparisons of a cell; of xccl's ways only those chosen, if any."""
         return [c for c in self.comparisons if cell.size >= c.least_size and (not chosen or c.ours in chosen)]

@@ -50,8 +50,12 @@ def test_interval_narrows_with_turns_and_holds_the_truth() -> None:
 
 def test_one_turn_says_nothing_of_the_interval() -> None:
     assert ratio([1.0], [2.0]) == Ratio(0.5, 0.0, float("inf"))
-    with pytest.raises(ValueError, match="a turn of both"):
+    with pytest.raises(ValueError, match="a round of both"):
         ratio([], [1.0])
+
+
+def test_rounds_that_one_did_not_take_part_in_do_not_count() -> None:
+    assert ratio([1.0, 9.0, 1.0, 1.0], [2.0, np.nan, 2.0, np.nan]) == Ratio(0.5, 0.5, 0.5)
 
 
 def test_verdict_needs_the_whole_interval() -> None:
@@ -142,11 +146,15 @@ def test_a_line_shows_the_figures_that_its_ratio_is_of() -> None:
 def test_what_has_no_figure_says_why() -> None:
     result = result_of([1.0] * 5, openmpi=[2.0] * 5)
     result.entries[Contestant("gloo")] = Entry(reason="not comparable: it is different")
+    result.entries[Contestant("mpich")] = Entry([4.0, float("nan")])
     assert any("gloo" in line and "it is different" in line for line in report.closing([result]))
-    document = json.loads(json.dumps(report.to_json([result], {}, [])))
+    document = json.loads(json.dumps(report.to_json([result], {}, []), allow_nan=False))
     (comparison,) = document["cells"][0]["comparisons"]
     assert comparison["verdict"] == "met"
-    assert comparison["ratios"] == {"openmpi": {"value": 0.5, "low": 0.5, "high": 0.5}, "gloo": None}
+    assert comparison["ratios"] == {
+        "openmpi": {"value": 0.5, "low": 0.5, "high": 0.5}, "mpich": {"value": 0.25, "low": 0, "high": None}, "gloo": None,
+    }  # fmt: skip
+    assert document["cells"][0]["entries"][-1]["turns_us"] == [4.0, None]
 
 
 # --- what is checked --------------------------------------------------------------------------------------------------
@@ -235,6 +243,15 @@ def test_libraries_take_turns() -> None:
     assert turns == ["xccl", "openmpi"] * 60
     assert all(entry.turns_us == [500.0] * 60 for entry in entries.values())
     assert sorted(log[-2:]) == ["openmpi closed", "xccl closed"]
+
+
+def test_peers_without_a_target_take_fewer_turns() -> None:
+    log: list[str] = []
+    entries = measured(lambda library, _: FakeSession(library, log), "xccl", "multiprocessing", "openmpi")
+    turns = [name for name in log if not name.endswith("closed")][-120 - 15 :]
+    assert turns == ["xccl", "multiprocessing", "openmpi", *["xccl", "openmpi"] * 3] * 15
+    assert np.isfinite(entries["multiprocessing"].turns_us).tolist() == [True, False, False, False] * 15
+    assert entries["multiprocessing"].median_us == 500.0
 
 
 def test_disturbed_blocks_count_only_if_there_are_no_others() -> None:
