@@ -27,7 +27,9 @@ PARTS: Final = {
     "gather": (1, _MANY),
     "scatter": (_MANY, 1),
 }
-_REDUCTIONS: Final = ("allreduce", "reduce-scatter")
+#: Those that sum float32.
+REDUCTIONS: Final = ("allreduce", "reduce-scatter")
+FLOAT_BYTES: Final = 4
 
 
 def plain(n_bytes: int) -> tuple[Array, Callable[[], None]]:
@@ -37,7 +39,7 @@ def plain(n_bytes: int) -> tuple[Array, Callable[[], None]]:
 
 def collective(rank: int, ranks: int, op: str, n_bytes: int, call: Call, allocate: Allocate = plain) -> Work:
     """One of `PARTS`; sums are of float32, all else is bytes."""
-    dtype = np.float32 if op in _REDUCTIONS else np.uint8
+    dtype = np.float32 if op in REDUCTIONS else np.uint8
     given, got = ((count or ranks) * n_bytes for count in PARTS[op])
     memory, free = allocate(given)
     x = memory.view(dtype)
@@ -52,7 +54,7 @@ def collective(rank: int, ranks: int, op: str, n_bytes: int, call: Call, allocat
             out[:] = 0
         call(x, out)
         wrong = 0 if op == "gather" and rank else count_wrong(out, _expected(op, n_bytes, rank, ranks))
-        if op in _REDUCTIONS:
+        if op in REDUCTIONS:
             x[:] = out[:] = 0
         return wrong
 
@@ -61,8 +63,8 @@ def collective(rank: int, ranks: int, op: str, n_bytes: int, call: Call, allocat
 
 def _part(op: str, n_bytes: int, rank: int, part: int) -> Array:
     """What a rank gives; whole numbers where parts are summed: any order gives the same."""
-    if op in _REDUCTIONS:
-        return (np.arange(n_bytes // 4) % 7 + 3 * rank + part).astype(np.float32)
+    if op in REDUCTIONS:
+        return (np.arange(n_bytes // FLOAT_BYTES) % 7 + 3 * rank + part).astype(np.float32)
     return pattern(n_bytes, rank, part)
 
 
@@ -73,4 +75,4 @@ def _expected(op: str, n_bytes: int, rank: int, ranks: int) -> Array:
         return _part(op, n_bytes, 0, rank)
     mine = 0 if PARTS[op][0] == 1 else rank
     parts = [_part(op, n_bytes, peer, mine) for peer in range(ranks)]
-    return np.sum(parts, axis=0) if op in _REDUCTIONS else np.concatenate(parts)
+    return np.sum(parts, axis=0) if op in REDUCTIONS else np.concatenate(parts)

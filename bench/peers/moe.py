@@ -27,19 +27,21 @@ from xccl.protocol.routing import make_routing
 BF16 = np.dtype(ml_dtypes.bfloat16)
 VARIANTS = ("expanded", "dedup")
 
+#: One loop is written for so many.
+TOPK = 8
 #: Extra bytes of a deduplicated row for each slot: an expert and a weight, 4 bytes each.
 _SLOT_BYTES = 8
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a layer; 8 experts for each token, since one loop is written for that."""
+    """Of a layer."""
 
     ranks: int
     tokens: int
     hidden: int
     experts: int
-    topk: int = 8
+    topk: int = TOPK
 
     @classmethod
     def of(cls, cell: Cell) -> Shape:

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from bench.peers.collectives import collective
+from bench.peers.collectives import PARTS, collective
 from bench.peers.moe import Moe, Shape
 from bench.peers.work import (
     Array,
     Cell,
     Library,
+    NotComparableError,
     Work,
     count_wrong,
     one_way,
@@ -139,6 +140,9 @@ class Multiprocessing(Library):
 
     def collective(self, op: str, n_bytes: int, variant: str) -> Work:
         """Who gives writes into its place, all meet, everyone reads what it gets, all meet."""
+        needed = n_bytes * (PARTS[op][0] or self.size)
+        if needed > _PLACE_BYTES:
+            raise NotComparableError(f"written here for up to {_PLACE_BYTES >> 20} MiB a rank")
         mine = slice(self.rank * n_bytes, (self.rank + 1) * n_bytes)
         heads, parts = self.places[:, :n_bytes], self.places[:, mine]
         by_rank = (self.size, n_bytes)

@@ -76,9 +76,10 @@ class Operation:
 
     def cells(self, ranks: Sequence[int] = (), sizes: Sequence[int] = ()) -> Iterator[Cell]:
         """By ranks, then by size: those of the table, or others."""
+        chosen = self.sizes if not sizes or self.sizes == (0,) else sizes
         for n in ranks or self.ranks:
             if n == 2 or not self.is_of_pairs:
-                for size in (sizes and self.sizes != (0,) and sizes) or self.sizes:
+                for size in chosen:
                     yield Cell(self.op, n, size)
 
     def is_extra(self, contestant: Contestant) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from bench.peers import report
+from bench.peers.__main__ import main
 from bench.peers.collectives import PARTS, collective
 from bench.peers.driver import CellResult, Driver, Entry
 from bench.peers.floor import bytes_to_copy
@@ -155,6 +156,26 @@ def test_what_has_no_figure_says_why() -> None:
         "openmpi": {"value": 0.5, "low": 0.5, "high": 0.5}, "mpich": {"value": 0.25, "low": 0, "high": None}, "gloo": None,
     }  # fmt: skip
     assert document["cells"][0]["entries"][-1]["turns_us"] == [4.0, None]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--only allreduce --sizes 6", "--sizes has 6: allreduce is of float32"),
+        ("--only moe --ranks 3", "--experts is 32: it must be a multiple of the ranks (3)"),
+        ("--only moe --experts 4 --ranks 2", "and 8 or more"),
+        ("--only sendrecv --ranks 4", "no such cells"),
+        ("--only get", "invalid choice"),
+    ],
+)
+def test_cells_that_there_are_not(
+    words: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["peers", *words.split()])
+    with pytest.raises(SystemExit) as leaving:
+        main()
+    assert leaving.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 # --- what is checked --------------------------------------------------------------------------------------------------
