@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--experts", type=whole_number(1), default=Cell.experts, help=f"of MoE (default: {Cell.experts})"
     )
-    parser.add_argument("--minutes", type=float, default=11.0, help="time for all of it (default: 11)")
+    parser.add_argument("--minutes", type=float, default=13.0, help="time for all of it (default: 13)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, those of each turn included")
     parser.add_argument("--list", action="store_true", help="list the cells, and which libraries are there")
     return parser
