@@ -2,7 +2,8 @@
 
 Rules
 - A channel has a list of its operations, in the order of their posting. A receive goes on when it is the first of its
-  list, a list of copies too; a send starts when all before it are written, and ends when it is acknowledged.
+  list, a list of copies too; a send starts when all before it are written, and ends when it is acknowledged. Requests
+  of KV-cache transfers go on whenever they can.
 - Whoever is in a call of the rank drives all operations of the rank's own (`progress`), once, and never waits for
   anything. `wait_for` does so again and again until one of them has ended, and sleeps on the doorbell in between.
 - The DMA engine of a rank is a thread in `serve`. It drives the operations that were queued for it, and no others. It
@@ -38,6 +39,8 @@ from ..layout.ring import (
     ENGINE_DMA,
     ENGINE_MTE,
     FORM_RING,
+    KIND_PAGED_RECEIVE,
+    KIND_PAGED_SEND,
     KIND_RECEIVE,
     KIND_SEND,
     MAX_PIECE_BYTES,
@@ -80,8 +83,9 @@ from .atomics import (
     store_release,
 )
 from .copy import copy_bytes
+from .kv import step_receive as step_paged_receive, step_send as step_paged_send
 from .ring import is_written, slot_of, step_receive, step_send
-from .wait import ABORTED, OK, SLICE, futex_wait, futex_wake, now_ns, relax, ring, sched_yield, settle
+from .wait import ABORTED, OK, PENDING, SLICE, futex_wait, futex_wake, now_ns, relax, ring, sched_yield, settle
 from .zerocopy import ENDED, MOVED, locate, withdraw
 
 #: Bytes that one step of a list of copies moves before it looks at anything else.
@@ -266,13 +270,42 @@ def _drive_first(driver: int, channel: int, engine: int) -> bool:
 
 
 @device
+def _drive_paged(driver: int, channel: int, engine: int) -> bool:
+    """Requests of KV-cache transfers: each by itself; those that can go on share the copying of a round."""
+    moved = False
+    is_sending = load_i64(channel + CH_KIND) == KIND_PAGED_SEND
+    budget_bytes = _COPY_BYTES_A_STEP
+    previous = 0
+    op = load_i64(channel + CH_HEAD)
+    while op != 0:
+        following = load_i64(op + OP_LINK)
+        status = PENDING
+        if load_i64(op + OP_ENGINE) == engine:
+            if is_sending:
+                status, budget_bytes = step_paged_send(op, budget_bytes)
+            else:
+                status = step_paged_receive(op)
+        if status == ENDED:
+            _remove(driver, channel, previous, op)
+        else:
+            previous = op
+        if status != PENDING:
+            moved = True
+        op = following
+    return moved
+
+
+@device
 def drive(driver: int, channel: int, engine: int) -> bool:
     """Do what can be done at once for the operations of a channel that are driven by `engine`."""
     if load_i64(channel + CH_HEAD) == 0:
         return False
     _lock(driver, channel)
-    if load_i64(channel + CH_KIND) == KIND_SEND:
+    kind = load_i64(channel + CH_KIND)
+    if kind == KIND_SEND:
         moved = _drive_sends(driver, channel, engine)
+    elif kind == KIND_PAGED_SEND or kind == KIND_PAGED_RECEIVE:
+        moved = _drive_paged(driver, channel, engine)
     else:
         moved = _drive_first(driver, channel, engine)
     _unlock(driver, channel)
@@ -332,6 +365,16 @@ def post_copies(
     store_i64(op + OP_SIGNAL, signal)
     store_i64(op + OP_SIGNAL_VALUE, value)
     store_i64(op + OP_SIGNAL_CONTROL, control)
+    append(driver, channel, op)
+    drive(driver, channel, ENGINE_MTE)
+    return load_acquire(op + OP_STATE)
+
+
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
+def post_paged(driver: int, channel: int, op: int, transfer: int, request: int, layers: int, engine: int) -> int:
+    """Post one side of a KV-cache transfer, a record of `xccl.layout.kv`; the operation's state."""
+    prepare(channel, op, transfer, 0, request, 1, engine, False)
+    store_i64(op + OP_CHUNKS, layers)
     append(driver, channel, op)
     drive(driver, channel, ENGINE_MTE)
     return load_acquire(op + OP_STATE)

@@ -124,6 +124,8 @@ CH_SPARE = CHANNEL.add("spare", 8, "address of the operation record of the next 
 KIND_SEND = 0
 KIND_RECEIVE = 1
 KIND_COPY = 2
+KIND_PAGED_SEND = 3
+KIND_PAGED_RECEIVE = 4
 
 #: How a peer's private memory is reached: not at all, by load and store (threads of one process), or by the operating
 #: system's kernel (process_vm_readv and process_vm_writev).
