@@ -75,7 +75,7 @@ from ..layout.ring import (
 from ._jit import device, kernel
 from .atomics import compare_and_swap, load_acquire, load_i32, load_i64, store_i64, store_release
 from .copy import copy_bytes
-from .wait import PENDING, ring
+from .wait import PENDING, ring, ring_for
 from .zerocopy import ENDED, MOVED
 
 _HEADER_BYTES = ANNOUNCEMENT.size_bytes
@@ -112,8 +112,9 @@ def _tell(transfer: int, progress: int) -> None:
     """Write to the receiver how far the request has come."""
     # SYNC POINT kv-arrived: released after the blocks; `step_receive` and `wait_until` acquire it.
     word = (load_i64(transfer + PG_USE) << USE_SHIFT) + progress
-    store_release(load_i64(transfer + PG_ARRIVAL) + AR_PROGRESS, word)
-    ring(load_i64(transfer + PG_PEER_CONTROL))
+    address = load_i64(transfer + PG_ARRIVAL) + AR_PROGRESS
+    store_release(address, word)
+    ring_for(load_i64(transfer + PG_PEER_CONTROL), address)
 
 
 @device
@@ -203,7 +204,7 @@ def announce(transfer: int, pages: int) -> None:
     copy_bytes(slot + _HEADER_BYTES, pages, count * PAGE_NUMBER_BYTES)
     # SYNC POINT kv-announced: released after the page numbers; `_accept` acquires it.
     store_release(slot + AN_STATE, load_i64(transfer + PG_USE) * USE_UNIT + PHASE_ANNOUNCED)
-    ring(load_i64(transfer + PG_PEER_CONTROL))
+    ring_for(load_i64(transfer + PG_PEER_CONTROL), slot + AN_STATE)
 
 
 @device
@@ -238,5 +239,5 @@ def cancel(transfer: int) -> int:
     if compare_and_swap(slot + AN_STATE, state + PHASE_ANNOUNCED, cancelled) == state + PHASE_ANNOUNCED:
         return 1
     compare_and_swap(slot + AN_STATE, state + PHASE_ACCEPTED, cancelled)
-    ring(load_i64(transfer + PG_PEER_CONTROL))
+    ring_for(load_i64(transfer + PG_PEER_CONTROL), slot + AN_STATE)
     return 0
