@@ -93,7 +93,9 @@ def test_layers_come_when_they_are_ready_and_not_before(fabric: str, engine: Any
         kv = make(comm)
         asked, seen = comm.signals(1), []
         if comm.rank == 0:
-            request = kv.isend([1, 2], 1, 9, by_layer=True, engine=engine)
+            pages = np.array([1, 2], np.int32)
+            request = kv.isend(pages, 1, 9, by_layer=True, engine=engine)
+            pages[:] = 17  # the list is the caller's again
             for layer in range(LAYERS):
                 comm.wait_until(asked, 0, "ge", layer + 1)
                 assert request.layers_sent == layer
@@ -223,7 +225,7 @@ def test_bad_arguments(fabric: str) -> None:
 
     messages = launch(main, 2, fabric)[0]
     parts = [
-        "no page 24", "no page -1", "7 pages are too many", "float64", "shape (1, 1)", "page 4 is in the list more than",
+        "no page 24", "no page -1", "7 pages are too many", "float64", "shape (1, 1)", "page 4 is in the list twice",
         "page 2 is in use: request 1 is being received from rank 1", "page 10 is in use: request 8 is being sent to",
         "page 1 is in use", "request 1 from rank 1 is under way", "request 8 to rank 1 is under way", "src is 2",
         "request_id is -1", "engine must be one of", "layer is 3", "layer is 3", "2 requests from rank 1 are under way",

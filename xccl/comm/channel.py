@@ -82,7 +82,7 @@ class Channel:
         spare: the record for the next blocking call.
     """
 
-    def __init__(self, core: Core, driver: Driver, peer: int, *, kind: int) -> None:
+    def __init__(self, core: Core, driver: Driver, peer: int, *, kind: int, only: int | None = None) -> None:
         self.peer = peer
         self.sending = kind not in (KIND_RECEIVE, KIND_PAGED_RECEIVE)
         self.name = _NAMES[kind].format(peer)
@@ -95,6 +95,8 @@ class Channel:
         self._slots = np.zeros((2, core.fabric.geometry.ring_slots), np.int64)
         self.address: int = self._state.ctypes.data
         self._set({layout.CH_KIND: kind, layout.CH_OWN_CONTROL: core.control})
+        if only is not None:
+            self._set({layout.CH_ONLY: only + 1})
         if kind in (KIND_SEND, KIND_RECEIVE):
             self._set_up_ring(kind)
         self.renew_spare()

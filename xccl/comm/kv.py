@@ -1,7 +1,7 @@
-"""KV-cache transfer: paged blocks from the pool of one rank to that of another, layer by layer (XDS §3.1, §5).
+"""KV-cache transfer: paged blocks from the pool of one rank to that of another, layer by layer (XDS §3.1).
 
 Rules and theory of operation are those of `xccl.kernels.kv`: the receiver announces its pages, the sender writes into
-them. What a rank has under way, and which of its pages, is known to the rank alone.
+them. What a rank has under way, and which of its pages, is known to the rank alone (`Book`).
 
 In a deployment with prefill and decode on different dies, a prefill die computes the KV cache of a prompt layer by
 layer, into whichever pages of its pool are free; a decode die has other pages free. Both are told by the serving
@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import CapacityError, UsageError, XcclError
+from ..errors import UsageError
 from ..kernels import driver as driver_kernels, kv as kernels
-from ..layout import kv as layout, ring
+from ..layout import kv as layout
 from ..layout.kv import PAGED, Area
-from ..layout.ring import ENGINE_DMA, ENGINE_MTE, KIND_PAGED_RECEIVE, KIND_PAGED_SEND, STATE_DONE
+from ..layout.ring import ENGINE_DMA, ENGINE_MTE, KIND_PAGED_RECEIVE, KIND_PAGED_SEND
 from ..layout.segment import PAGE_BYTES
 from .buffers import require_int
+from .kv_book import Book
 from .kv_requests import KVReceive, KVRequest, KVSend, page_numbers
-from .p2p import PointToPoint, Request
 from .sendrecv import Engine
 from .symmetric import Block, SymmetricArray, collective_free, reserve
 
@@ -32,73 +32,6 @@ if TYPE_CHECKING:
 
 _MAX_REQUEST_ID: Final = (1 << 63) - 1
 _ENGINES: Final = {"dma": ENGINE_DMA, "mte": ENGINE_MTE}
-
-
-class _Slots:
-    """Slots of one sender's announcements, of which this rank, the receiver, chooses free ones."""
-
-    def __init__(self, count: int) -> None:
-        self._free = list(range(count - 1, -1, -1))
-        self._uses = [0] * count
-
-    def take(self) -> tuple[int, int] | None:
-        """A free slot, and the number of its use; None if there is none."""
-        if not self._free:
-            return None
-        slot = self._free.pop()
-        self._uses[slot] += 1
-        return slot, self._uses[slot]
-
-    def give_back(self, slot: int) -> None:
-        """The request in it has ended."""
-        self._free.append(slot)
-
-
-class _Requests:
-    """The requests of one KVTransfer: what `Request` asks of its owner."""
-
-    def __init__(self, kv: KVTransfer, p2p: PointToPoint) -> None:
-        self.core = p2p.core
-        self._kv = kv
-        self._p2p = p2p
-        self.poll = p2p.poll
-        self.fail = p2p.fail
-
-    def wait(self, request: Request, timeout_s: float) -> None:
-        """Drive all requests of the rank until this one has ended."""
-        self._p2p.wait(request, timeout_s)
-
-    def collect(self) -> None:
-        """Drive all requests of the rank once, and take note of those that have ended."""
-        self._p2p.driver.progress()
-
-    def give_up(self, request: KVRequest, error: XcclError) -> bool:
-        """End a request with this error, unless it has ended; was it so?"""
-        self.core.require_open()
-        self.collect()
-        if request.is_collected():
-            return False
-        self.fail(request, error)
-        return request.error is error
-
-    def end(self, request: Request) -> None:
-        """Take note of the end of an operation: nobody else touches its record."""
-        assert isinstance(request, KVRequest)
-        record = request._record
-        assert record is not None
-        state = int(record.words[ring.OP_STATE // 8])
-        if state == STATE_DONE:
-            request.error = None  # it was given up too late
-            request.record_trace(record)
-        if isinstance(request, (KVSend, KVReceive)):
-            request.settle(record)
-        if state != STATE_DONE and request.error is None:
-            request.error = request.failure(record, state)
-        del request.channel.under_way[record.address]
-        self._p2p.driver.remove(record.address)
-        self._p2p.driver.pool.give_back(record)
-        request._record = None
-        self._kv.release(request)
 
 
 class KVTransfer:
@@ -111,6 +44,7 @@ class KVTransfer:
     Args:
         comm: the communicator.
         pool: symmetric array [layers, pages, ...], of any dtype; made by `comm.empty`, and freed after this object.
+            Pages are watched by one object: give a pool to one.
         max_pages: the most pages of a request; all of the pool if None.
         max_requests: the most requests of a pair, in one direction, that may be announced at a time.
 
@@ -154,15 +88,11 @@ class KVTransfer:
         block = Block(self._allocator, self._area.total_bytes, 0, PAGE_BYTES)
         (self._block,) = reserve(core, "KVTransfer", arguments, block)
         self._p2p = p2p = comm._p2p
-        self.requests = _Requests(self, p2p)
-        self._sends = p2p.open_channel(KIND_PAGED_SEND)
-        self._receives = p2p.open_channel(KIND_PAGED_RECEIVE)
+        self.requests = Book(p2p, self.num_pages, self.max_requests)
+        self._sends = {engine: p2p.open_channel(KIND_PAGED_SEND, engine) for engine in _ENGINES.values()}
+        self._receives = p2p.open_channel(KIND_PAGED_RECEIVE, ENGINE_MTE)
+        self._common = self._common_words()
         self._backed: set[tuple[int, int]] = set()
-        self._slots: dict[int, _Slots] = {}
-        self._under_way: dict[tuple[bool, int, int], KVRequest] = {}
-        #: By page: requests that read it, and whether one writes it.
-        self._readers = np.zeros(self.num_pages, np.int32)
-        self._written = np.zeros(self.num_pages, np.bool_)
         self._freed = False
 
     # -- starting ---------------------------------------------------------------------------------------------------
@@ -191,9 +121,9 @@ class KVTransfer:
         code = _ENGINES.get(str(engine))
         if code is None:
             raise UsageError(f"engine must be one of {', '.join(_ENGINES)}, got {engine!r}", value=engine)
-        numbers, request_id = self._checked(pages, request_id, dst, sending=True)
-        if self._written[numbers].any():
-            self._refuse_page(int(numbers[np.argmax(self._written[numbers])]))
+        request_id = require_int(request_id, "request_id", 0, _MAX_REQUEST_ID)
+        numbers = page_numbers(pages, self.max_pages, self.num_pages)
+        self.requests.require_free(numbers, dst, request_id, sending=True)
         own, fabric = self.core.rank, self.core.fabric
         self._commit(dst, own)
         paged = self._record(request_id, numbers, dst)
@@ -202,8 +132,7 @@ class KVTransfer:
         paged[layout.PG_ARRIVALS // 8] = fabric.segments[dst] + self._block + self._area.arrivals(own)
         if code == ENGINE_DMA:
             self._p2p.driver.start_engine()
-        request = KVSend(self, self._sends, self._p2p.driver.pool.take(), paged, numbers, dst, request_id)
-        np.add.at(self._readers, numbers, 1)
+        request = KVSend(self, self._sends[code], self._p2p.driver.pool.take(), paged, numbers, dst, request_id)
         self._post(request, code)
         return request
 
@@ -224,24 +153,11 @@ class KVTransfer:
         """
         self._require_usable()
         src = require_int(src, "src", 0, self.core.size - 1)
-        numbers, request_id = self._checked(pages, request_id, src, sending=False)
-        used = self._written[numbers] | (self._readers[numbers] > 0)
-        if used.any():
-            self._refuse_page(int(numbers[np.argmax(used)]))
-        if len(np.unique(numbers)) != len(numbers):
-            values, counts = np.unique(numbers, return_counts=True)
-            page = int(values[np.argmax(counts)])
-            raise UsageError(
-                f"page {page} is in the list more than once: one block would overwrite another", value=page
-            )
+        request_id = require_int(request_id, "request_id", 0, _MAX_REQUEST_ID)
+        numbers = page_numbers(pages, self.max_pages, self.num_pages)
+        self.requests.require_free(numbers, src, request_id, sending=False)
         self._commit(self.core.rank, src)
-        taken = self._slots.setdefault(src, _Slots(self.max_requests)).take()
-        if taken is None:
-            raise CapacityError(
-                f"{self.max_requests} requests from rank {src} are under way: max_requests allows no more",
-                needed=self.max_requests + 1, available=self.max_requests, peer=src,
-            )  # fmt: skip
-        slot, use = taken
+        slot, use = self.requests.slots(src).take()
         own, fabric = self.core.rank, self.core.fabric
         announcements = int(fabric.segments[src]) + self._block + self._area.announcements(own)
         arrivals = int(fabric.segments[own]) + self._block + self._area.arrivals(src)
@@ -251,48 +167,29 @@ class KVTransfer:
         paged[layout.PG_USE // 8] = use
         paged[layout.PG_ARRIVAL // 8] = arrivals + slot * layout.ARRIVAL_BYTES
         request = KVReceive(self, self._receives, self._p2p.driver.pool.take(), paged, numbers, src, request_id)
-        self._written[numbers] = True
         kernels.announce.call(request.address, numbers.ctypes.data)
         self._post(request, ENGINE_MTE)
         return request
 
-    def _checked(
-        self, pages: npt.ArrayLike, request_id: int, peer: int, *, sending: bool
-    ) -> tuple[npt.NDArray[np.int32], int]:
-        request_id = require_int(request_id, "request_id", 0, _MAX_REQUEST_ID)
-        numbers = page_numbers(pages, self.max_pages, self.num_pages)
-        self.requests.collect()  # pages of what has ended are free
-        if (sending, peer, request_id) in self._under_way:
-            what = f"to rank {peer}" if sending else f"from rank {peer}"
-            raise UsageError(f"request {request_id} {what} is under way already", value=request_id, peer=peer)
-        return numbers, request_id
-
-    def _refuse_page(self, page: int) -> None:
-        """Raise UsageError: a request uses the page."""
-        user = next(request for request in self._under_way.values() if page in request.pages)
-        does = f"sent to rank {user.peer}" if user.channel.sending else f"received from rank {user.peer}"
-        raise UsageError(
-            f"page {page} is in use: request {user.request_id} is being {does}", value=page, request_id=user.request_id
-        )
+    def _common_words(self) -> npt.NDArray[np.int64]:
+        """What is the same in the records of all requests."""
+        record = np.zeros(PAGED.size_bytes // 8, np.int64)
+        record[layout.PG_LAYERS // 8] = self.layers
+        record[layout.PG_SLOTS // 8] = self.max_requests
+        record[layout.PG_SLOT_BYTES // 8] = self._area.slot_bytes
+        record[layout.PG_OWN_POOL // 8] = self.pool.addresses[self.core.rank]
+        record[layout.PG_PAGE_BYTES // 8] = self.page_bytes
+        record[layout.PG_LAYER_BYTES // 8] = self.page_bytes * self.num_pages
+        return record
 
     def _record(self, request_id: int, pages: npt.NDArray[np.int32], peer: int) -> npt.NDArray[np.int64]:
         """The record of a request for kernels, with what both sides have in common."""
-        words = {
-            layout.PG_PEER_CONTROL: int(self.core.fabric.controls[peer]),
-            layout.PG_REQUEST: request_id,
-            layout.PG_COUNT: len(pages),
-            layout.PG_PAGES: pages.ctypes.data,
-            layout.PG_LAYERS: self.layers,
-            layout.PG_SLOTS: self.max_requests,
-            layout.PG_SLOT_BYTES: self._area.slot_bytes,
-            layout.PG_OWN_POOL: self.pool.addresses[self.core.rank],
-            layout.PG_PEER_POOL: self.pool.addresses[peer],
-            layout.PG_PAGE_BYTES: self.page_bytes,
-            layout.PG_LAYER_BYTES: self.page_bytes * self.num_pages,
-        }
-        record = np.zeros(PAGED.size_bytes // 8, np.int64)
-        for offset, value in words.items():
-            record[offset // 8] = value
+        record = self._common.copy()
+        record[layout.PG_PEER_CONTROL // 8] = self.core.fabric.controls[peer]
+        record[layout.PG_REQUEST // 8] = request_id
+        record[layout.PG_COUNT // 8] = len(pages)
+        record[layout.PG_PAGES // 8] = pages.ctypes.data
+        record[layout.PG_PEER_POOL // 8] = self.pool.addresses[peer]
         return record
 
     def _commit(self, receiver: int, sender: int) -> None:
@@ -309,7 +206,7 @@ class KVTransfer:
         assert record is not None
         if self.core.trace is not None:
             request.trace = self.core.trace.start(request.name, request.request_id)
-        self._under_way[request.channel.sending, request.peer, request.request_id] = request
+        self.requests.enter(request)
         request.channel.under_way[record.address] = request
         driver = self._p2p.driver
         driver.add(record.address, request)
@@ -319,22 +216,12 @@ class KVTransfer:
         )  # fmt: skip
         driver.collect()
 
-    # -- ends -------------------------------------------------------------------------------------------------------
-
-    def release(self, request: KVRequest) -> None:
-        """A request has ended: its pages and its slot are free."""
-        del self._under_way[request.channel.sending, request.peer, request.request_id]
-        if request.channel.sending:
-            np.subtract.at(self._readers, request.pages, 1)
-        else:
-            self._written[request.pages] = False
-            self._slots[request.peer].give_back(request.get(layout.PG_INDEX))
+    # -- the end ----------------------------------------------------------------------------------------------------
 
     @property
     def under_way(self) -> list[KVRequest]:
         """Requests of this rank that have not ended, in the order of their posting. Drives all requests once."""
-        self.requests.collect()
-        return list(self._under_way.values())
+        return self.requests.under_way
 
     def free(self) -> None:
         """Give the page lists back; the pool stays. Collective: returns when all have called it.
@@ -353,8 +240,8 @@ class KVTransfer:
                 ),
             )  # fmt: skip
         collective_free(self.core, (self._allocator, self._block))
-        self._p2p.close_channel(self._sends)
-        self._p2p.close_channel(self._receives)
+        for channel in (*self._sends.values(), self._receives):
+            self._p2p.close_channel(channel)
         self._freed = True
 
     def _require_usable(self) -> None:

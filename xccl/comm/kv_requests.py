@@ -66,6 +66,10 @@ class KVRequest(Request):
     def _layers_seen(self) -> int:
         raise NotImplementedError
 
+    def settle(self, record: OperationRecord) -> None:
+        """It has ended; `error` is set if this rank has given it up."""
+        raise NotImplementedError
+
     def failure(self, record: OperationRecord, state: int) -> XcclError:
         """Why the other side has ended it."""
         rank, peer = self.kv.core.rank, self.peer
@@ -278,4 +282,4 @@ def page_numbers(pages: Any, most: int, total: int) -> npt.NDArray[np.int32]:
         raise UsageError(
             f"there is no page {unknown}: the pool has {total}, numbered from 0", value=unknown, bound=total - 1
         )
-    return np.ascontiguousarray(found, np.int32)
+    return np.array(found, np.int32)  # a copy: the caller's list may change

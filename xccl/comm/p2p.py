@@ -269,9 +269,9 @@ class PointToPoint:
         self.driver.add(record.address, request)
         return request
 
-    def open_channel(self, kind: int) -> Channel:
-        """A channel for operations to and from any peer; closed with the communicator at the latest."""
-        channel = Channel(self.core, self.driver, self.core.rank, kind=kind)
+    def open_channel(self, kind: int, engine: int) -> Channel:
+        """A channel for operations of one engine, to or from any peer; closed with the communicator at the latest."""
+        channel = Channel(self.core, self.driver, self.core.rank, kind=kind, only=engine)
         self._opened.append(channel)
         return channel
 

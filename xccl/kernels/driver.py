@@ -22,6 +22,7 @@ from ..layout.ring import (
     CH_HEAD,
     CH_KIND,
     CH_LOCK,
+    CH_ONLY,
     CH_TAIL,
     COPY,
     CP_BYTES,
@@ -90,6 +91,8 @@ from .zerocopy import ENDED, MOVED, locate, withdraw
 
 #: Bytes that one step of a list of copies moves before it looks at anything else.
 _COPY_BYTES_A_STEP = 1 << 20
+#: The same, of the requests of KV-cache transfers: whoever posts one waits for the step under way.
+_PAGED_BYTES_A_STEP = 256 << 10
 _DESCRIPTOR_BYTES = COPY.size_bytes
 
 
@@ -274,7 +277,7 @@ def _drive_paged(driver: int, channel: int, engine: int) -> bool:
     """Requests of KV-cache transfers: each by itself; those that can go on share the copying of a round."""
     moved = False
     is_sending = load_i64(channel + CH_KIND) == KIND_PAGED_SEND
-    budget_bytes = _COPY_BYTES_A_STEP
+    budget_bytes = _PAGED_BYTES_A_STEP
     previous = 0
     op = load_i64(channel + CH_HEAD)
     while op != 0:
@@ -300,6 +303,9 @@ def drive(driver: int, channel: int, engine: int) -> bool:
     """Do what can be done at once for the operations of a channel that are driven by `engine`."""
     if load_i64(channel + CH_HEAD) == 0:
         return False
+    only = load_i64(channel + CH_ONLY)
+    if only != 0 and only != engine + 1:
+        return False  # without waiting for the other thread's step
     _lock(driver, channel)
     kind = load_i64(channel + CH_KIND)
     if kind == KIND_SEND:

@@ -118,6 +118,7 @@ CH_VECTORS = CHANNEL.add("vectors", 4 * 8, "two `struct iovec` for the kernel: h
 CH_HEAD = CHANNEL.add("head", 8, "address of the first operation that has not ended, 0 if there is none")
 CH_TAIL = CHANNEL.add("tail", 8, "address of the last one")
 CH_LOCK = CHANNEL.add("lock", 8, "1 while a thread drives the channel, if there is a DMA engine")
+CH_ONLY = CHANNEL.add("only", 8, "1 + the ENGINE_ code of all its operations, 0 if either engine may have some")
 CH_SPARE = CHANNEL.add("spare", 8, "address of the operation record of the next blocking call")
 
 #: What a channel carries.
