@@ -81,6 +81,10 @@ class KVRequest(Request):
                 f"{text}: rank {rank} {does} {len(self.pages)} pages, but rank {peer} {did} {theirs}; both must be the "
                 "same", rank=rank, peer=peer, request_id=self.request_id, value=len(self.pages), bound=theirs,
             )  # fmt: skip
+        try:
+            self.kv.core.check_session(self.describe)
+        except XcclError as error:
+            return error.with_traceback(None)
         return FabricError(
             f"{text}: rank {peer} has cancelled it", rank=rank, peer=peer, request_id=self.request_id
         )  # fmt: skip
@@ -92,6 +96,10 @@ class KVRequest(Request):
                 self.trace, np.array(record.words), self.peer, len(self.pages), self.kv.page_bytes,
                 sending=self.channel.sending,
             )  # fmt: skip
+
+    def _session_goes_on(self) -> bool:
+        """When it is over the other side hears of that, and not of a request that was cancelled."""
+        return self.kv.core.fabric.abort_word() is None
 
     def _cancelled(self) -> FabricError:
         return FabricError(
@@ -158,7 +166,7 @@ class KVSend(KVRequest):
     def settle(self, record: OperationRecord) -> None:
         """It has ended: keep its count, and tell the receiver if this rank has given it up."""
         self._done = int(record.words[ring.OP_DONE // 8])
-        if self.error is not None:
+        if self.error is not None and self._session_goes_on():
             kernels.withdraw.call(self.address)
 
     def describe(self) -> Waiting:
@@ -257,7 +265,7 @@ class KVReceive(KVRequest):
 
     def settle(self, record: OperationRecord) -> None:
         """It has ended: nothing of it may come any more."""
-        if self.error is not None:
+        if self.error is not None and self._session_goes_on():
             kernels.cancel.call(self.address)
 
 
