@@ -121,7 +121,7 @@ def test_all_options(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_ranks_of_a_deployment(monkeypatch: pytest.MonkeyPatch, words: str, ranks: int, experts: int) -> None:
-    options = parsed(monkeypatch, "e2a", "--topk", "2", *words.split())
+    options = parsed(monkeypatch, "e2a", "--topk", "2", "--no-memory-check", *words.split())
     assert (options.ranks, options.experts) == (ranks, experts)
     assert options.deployment is not None
     assert options.batches == options.deployment.attention_dies

@@ -41,6 +41,12 @@ class Data:
         self._options = options
         self.pool = TokenPool(options.hidden, dtype_of(options), options.seed)
         self._ledgers: dict[tuple[int, int], Ledger] = {}
+        self._weights: dict[tuple[int, int], Array] = {}
+        #: The rank of each expert; the last element is for -1, no expert.
+        self.holders = np.full(options.experts + 1, -1)
+        for rank in range(options.ranks):
+            mine = reference.experts_of(rank, options.experts, options.ranks)
+            self.holders[mine.start : mine.stop] = rank
         self._lock = threading.Lock()
 
     def routing(self, rank: int, tokens: int, data_round: int) -> Array:
@@ -54,6 +60,15 @@ class Data:
         """float32 [tokens, top_k]: the gate weights of `rank` in a round."""
         rng = np.random.default_rng((self._options.seed, 2, rank, data_round))
         return rng.random((tokens, self._options.topk), np.float32)
+
+    def all_weights(self, tokens: int, data_round: int) -> Array:
+        """float32 [ranks, tokens, top_k]."""
+        with self._lock:
+            key = (tokens, data_round)
+            if key not in self._weights:
+                ranks = range(self._options.ranks)
+                self._weights[key] = np.stack([self.weights(rank, tokens, data_round) for rank in ranks])
+            return self._weights[key]
 
     def ledger(self, tokens: int, data_round: int) -> Ledger:
         """What all ranks send in a round."""
@@ -180,7 +195,7 @@ class Moe(Operation):
         mine = range(first, first + self.ep.local_experts)
         wrong = ledger.wrong_rows(mine, d, self.pool, is_int8=self.quant == "int8")
         if d.index is not None:
-            weights = np.stack([self.data.weights(rank, tokens, CHECKED) for rank in range(self.options.ranks)])
+            weights = self.data.all_weights(tokens, CHECKED)
             source = d.source[d.index["row"]]
             wrong += count_wrong(d.weights, weights[source["rank"], source["token"], d.index["slot"]])
         return wrong
@@ -200,11 +215,7 @@ class Moe(Operation):
 
     def sum_by_rank(self, outs: Array, weights: Array, topk_idx: Array) -> Array:
         """Sums of partial sums, one for each rank of a token's experts, in the order of its first slot."""
-        holder = np.full(self.options.experts + 1, -1)  # the last element is for -1, no expert
-        for rank in range(self.options.ranks):
-            mine = reference.experts_of(rank, self.options.experts, self.options.ranks)
-            holder[mine.start : mine.stop] = rank
-        ranks = holder[topk_idx]
+        ranks = self.data.holders[topk_idx]
         partials, firsts = np.zeros_like(outs), np.full(topk_idx.shape, -1)
         for k in range(topk_idx.shape[1]):
             same = ranks == ranks[:, k, None]

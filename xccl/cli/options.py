@@ -108,6 +108,9 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="list the operations and exit")
     add_work_options(parser)
     parser.add_argument("--back-to-back", action="store_true", help="no barrier between iterations; report their mean")
+    parser.add_argument(
+        "--no-memory-check", dest="memory_check", action="store_false", help="run even if memory seems not to suffice"
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write results; - prints them instead of the table")
     output.add_argument("--csv", metavar="FILE", help="write results")
