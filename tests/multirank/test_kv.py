@@ -120,6 +120,34 @@ def test_layers_come_when_they_are_ready_and_not_before(fabric: str, engine: Any
     launch(main, 2, fabric)
 
 
+@pytest.mark.parametrize("late", ["layer", "announcement"])
+def test_nobody_polls(fabric: str, late: str) -> None:
+    """A receiver that waits, a DMA engine without an announcement and one without a layer take next to no time of a core."""
+    delay_s = 0.5
+
+    def main(comm: xccl.Communicator) -> float:
+        kv = make(comm)
+        comm.barrier()
+        began_s = time.process_time()
+        if comm.rank == 0:
+            request = kv.isend([1], 1, 1, by_layer=True)
+            if late == "layer":
+                request.ready(0)
+                time.sleep(delay_s)
+            request.ready()
+            request.wait()
+        else:
+            if late == "announcement":
+                time.sleep(delay_s)
+            receive = kv.irecv([2], 0, 1)
+            receive.wait_layer(1)
+            receive.wait()
+        return time.process_time() - began_s
+
+    for used_s in launch(main, 2, fabric):
+        assert used_s < delay_s / 4
+
+
 def test_a_request_without_blocks_is_complete_when_both_have_named_it(fabric: str) -> None:
     def main(comm: xccl.Communicator) -> int:
         kv = make(comm)

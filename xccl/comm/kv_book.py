@@ -111,9 +111,9 @@ class Book:
 
     # -- the owner of requests --------------------------------------------------------------------------------------
 
-    def wait(self, request: Request, timeout_s: float) -> None:
-        """Drive all requests of the rank until this one has ended."""
-        self._p2p.wait(request, timeout_s)
+    def wait(self, request: Request, timeout_s: float, layers: int = ring.DONE_NEVER) -> None:
+        """Drive all requests of the rank until this one has ended, or so many of its layers are there."""
+        self._p2p.wait(request, timeout_s, done=layers)
 
     def collect(self) -> None:
         """Drive all requests of the rank once, and take note of those that have ended."""

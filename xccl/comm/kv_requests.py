@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import FabricError, PeerDied, UsageError, XcclError
-from ..kernels import kv as kernels, onesided, words
+from ..errors import FabricError, UsageError, XcclError
+from ..kernels import kv as kernels, words
 from ..layout import kv as layout, ring
 from ..layout.ring import STATE_REFUSED
 from . import traced_kv
@@ -19,8 +19,6 @@ from .p2p import Request
 
 if TYPE_CHECKING:
     from .kv import KVTransfer
-
-_GREATER_OR_EQUAL: Final = onesided.COMPARISONS["ge"]
 
 
 class KVRequest(Request):
@@ -203,27 +201,9 @@ class KVReceive(KVRequest):
         layer = require_int(layer, "layer", 0, self.kv.layers - 1)
         core = self.kv.core
         timeout_s = core.op_timeout_s if timeout_s is None else require_timeout(timeout_s)
-        if layer >= self.layers_arrived and not self.done:
-            self._wait_progress(layer + 1, timeout_s)
-        if layer >= self.layers_arrived:
-            self.wait(timeout_s)  # it has failed, and this raises why
-
-    def _wait_progress(self, layers: int, timeout_s: float) -> None:
-        core = self.kv.core
-        seen = np.zeros(1, np.int64)
-        arguments = (
-            core.control, self.get(layout.PG_ARRIVAL) + layout.AR_PROGRESS, _GREATER_OR_EQUAL,
-            (self.get(layout.PG_USE) << layout.USE_SHIFT) + layers, seen.ctypes.data,
-        )  # fmt: skip
-        try:
-            core.run(
-                lambda until_ns: int(onesided.wait_until.call(*arguments, until_ns)),
-                lambda: Waiting("kv_recv (layers)", self.request_id, self.peer, layers, self.layers_arrived),
-                timeout_s,
-            )
-        except PeerDied:
-            self.test()  # so that a peer which has left ends the request, as it does in `wait`
-            raise
+        self.kv.requests.wait(self, timeout_s, layer + 1)
+        if self.error is not None and layer >= self.layers_arrived:
+            raise self.error.with_traceback(None)
 
     def cancel(self, timeout_s: float | None = None) -> bool:
         """Give the request up: on return nobody writes into its pages any more.

@@ -348,13 +348,14 @@ class PointToPoint:
             if not request.is_collected():
                 self.fail(request, core.left(request.describe()))
 
-    def wait(self, request: Request, timeout_s: float, began_ns: int = 0) -> None:
+    def wait(self, request: Request, timeout_s: float, began_ns: int = 0, done: int = layout.DONE_NEVER) -> None:
         """Drive all requests until this one is done.
 
         Args:
             request: which.
             timeout_s: deadline in seconds.
             began_ns: when the wait began; now if 0.
+            done: or until it has come so far (OP_DONE).
         """
         core = self.core
         self.driver.collect()
@@ -367,9 +368,9 @@ class PointToPoint:
         deadline_ns = (began_ns or now_ns) + int(timeout_s * 1e9)
         while True:
             until_ns = min(deadline_ns, now_ns + core.slice_ns)
-            kernels.wait_for.call(self.driver.address, address, until_ns)
+            kernels.wait_for.call(self.driver.address, address, done, until_ns)
             self.driver.collect()
-            if request.is_collected():
+            if request.is_collected() or request.word(layout.OP_DONE) >= done:
                 return
             self._look(request)
             if request.is_collected():

@@ -394,15 +394,15 @@ def progress(driver: int) -> int:
 
 
 @device
-def wait_for_ended(driver: int, op: int, until_ns: int) -> int:
-    """Drive all operations of the rank's own until `op` has ended."""
+def wait_for_ended(driver: int, op: int, done: int, until_ns: int) -> int:
+    """Drive all operations of the rank's own until `op` has ended, or has come to `done` (see OP_DONE)."""
     control = load_i64(driver + DR_CONTROL)
     n = 0
     while True:
         seq = load_acquire(control + CTL_DOORBELL)
         moved = _drive_all(driver, ENGINE_MTE)
         # SYNC POINT operation-ended: acquires what the operation has brought.
-        if load_acquire(op + OP_STATE) != STATE_UNDER_WAY:
+        if load_acquire(op + OP_STATE) != STATE_UNDER_WAY or load_i64(op + OP_DONE) >= done:
             settle(control, n)
             return OK
         if moved:
@@ -416,10 +416,10 @@ def wait_for_ended(driver: int, op: int, until_ns: int) -> int:
             return n
 
 
-@kernel("int64(int64, int64, int64)")
-def wait_for(driver: int, op: int, until_ns: int) -> int:
+@kernel("int64(int64, int64, int64, int64)")
+def wait_for(driver: int, op: int, done: int, until_ns: int) -> int:
     """`wait_for_ended`, for Python code: OK, SLICE, ABORTED, or PENDING if `until_ns` is 0."""
-    return wait_for_ended(driver, op, until_ns)
+    return wait_for_ended(driver, op, done, until_ns)
 
 
 @kernel("int64(int64, int64, int64)")
