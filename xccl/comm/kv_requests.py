@@ -25,9 +25,7 @@ class KVRequest(Request):
     """One side of a request under way.
 
     Attributes:
-        request_id: the caller's number.
-        peer: the other rank.
-        pages: int32 [n], those of this side.
+        kv: of which transfer.
     """
 
     __slots__ = ("_paged", "kv", "pages", "request_id")
@@ -116,6 +114,12 @@ class KVSend(KVRequest):
     """A request that this rank sends. Made by `KVTransfer.isend`.
 
     Its pages must not be written while it is under way, but for layers that are not ready yet.
+
+    Attributes:
+        request_id: the caller's number.
+        peer: the other rank.
+        pages: int32 [n], those of this rank.
+        error: what has ended it before it was complete; None if nothing has.
     """
 
     __slots__ = ("_done",)
@@ -179,6 +183,12 @@ class KVReceive(KVRequest):
     """A request that this rank receives. Made by `KVTransfer.irecv`.
 
     Its pages must not be read, but for layers that have arrived, nor written, while it is under way.
+
+    Attributes:
+        request_id: the caller's number.
+        peer: the other rank.
+        pages: int32 [n], those of this rank.
+        error: what has ended it before it was complete; None if nothing has.
     """
 
     __slots__ = ()
