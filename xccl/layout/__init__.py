@@ -5,6 +5,7 @@ from __future__ import annotations
 from .a2e import DIE, PEER
 from .calls import CALLS, SYMMETRIC
 from .collectives import COLLECTIVE_RECORD, COLLECTIVE_STATE, COMMUNICATOR_BLOCK, INVITATION, PLAN
+from .kv import ANNOUNCEMENT, ARRIVAL, PAGED
 from .moe import ENTRY, EXPERT_FIELD, ROUTING, STATE
 from .moe_push import PACKET, PACKET_ENTRY, PUSH, PUSH_FIELD, PUSH_STATUS, RETURN_PACKET
 from .record import Field, Record
@@ -32,6 +33,8 @@ ALL_RECORDS: tuple[Record, ...] = (
     PACKET,
     PACKET_ENTRY,
     RETURN_PACKET,
+    ANNOUNCEMENT,
+    ARRIVAL,
     CHANNEL,
     OPERATION,
     COPY,
@@ -41,6 +44,7 @@ ALL_RECORDS: tuple[Record, ...] = (
     STATE,
     ROUTING,
     PUSH,
+    PAGED,
     PEER,
     DIE,
     COLLECTIVE_STATE,
