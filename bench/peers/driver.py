@@ -186,10 +186,10 @@ class _Plan:
 
     def estimate(self, turn_s: float) -> None:
         """Find out how many operations make a block, and how many blocks a turn."""
-        block_s = self._fastest_block_s()
+        block_s = self._fastest_block_s(1)  # one is enough to see that an operation is long
         while block_s < _BLOCK_S / 2 and self.operations < _MOST_OPERATIONS:
             self.operations *= min(8, max(2, round(_BLOCK_S / block_s)))
-            block_s = self._fastest_block_s()
+            block_s = self._fastest_block_s(3)
         self.blocks = max(1, min(_MOST_BLOCKS, int(turn_s / block_s)))
 
     def take_turn(self) -> None:
@@ -204,8 +204,8 @@ class _Plan:
         """Give back what was prepared."""
         self.session.close_work(self.cell, self.contestant.variant, _CLOSE_TIMEOUT_S)
 
-    def _fastest_block_s(self) -> float:
-        return max(min(block.operation_s for block in self._time(3)) * self.operations, 1e-7)
+    def _fastest_block_s(self, blocks: int) -> float:
+        return max(min(block.operation_s for block in self._time(blocks)) * self.operations, 1e-7)
 
     def _time(self, blocks: int) -> list[Block]:
         variant, timeout_s = self.contestant.variant, _BLOCK_TIMEOUT_S * blocks

@@ -19,6 +19,8 @@ from xccl.cli.environment import environment
 
 _MOST_CELL_S: Final = 30.0
 _LEAST_CELL_S: Final = 0.5
+#: The part of the limit by which it may be exceeded, in cells of that least length.
+_GRACE: Final = 0.1
 _NO_TIME: Final = "no time was left: give it more --minutes"
 
 
@@ -29,7 +31,7 @@ class Plan:
     Attributes:
         cells: with their operation.
         peers: names of the libraries beside xccl.
-        limit_s: time for all of it; cells get shorter to keep it.
+        limit_s: time for all of it; cells get shorter to keep it, and the last ones are left out if that is not enough.
         ways: of xccl; all if empty.
         say: prints a line.
         versions: of the libraries, once they have started.
@@ -59,8 +61,8 @@ def run(plan: Plan) -> list[CellResult]:
                     continue
                 left_s = plan.limit_s - (time.monotonic() - begin)
                 taking_part = contestants(operation.ways(cell, plan.ways), plan.peers)
-                if left_s > 0:
-                    share_s = left_s * weight(cell) / sum(weight(rest) for _, rest in cells[len(results) :])
+                if left_s > -_GRACE * plan.limit_s:
+                    share_s = left_s * weight(operation, cell) / sum(weight(*rest) for rest in cells[len(results) :])
                     result = driver.measure(
                         operation, cell, taking_part, min(max(share_s, _LEAST_CELL_S), _MOST_CELL_S)
                     )
@@ -81,9 +83,11 @@ def _has_target(operation: Operation, cell: Cell) -> bool:
     return any(comparison.limit(cell) is not None for comparison in operation.comparisons)
 
 
-def weight(cell: Cell) -> int:
+def weight(operation: Operation, cell: Cell) -> float:
     """How much of the time a cell gets: MoE has many ways, and the longest operations."""
-    return 4 if cell.op == "moe" else 1
+    if cell.op == "moe":
+        return 4.0
+    return 1.0 if _has_target(operation, cell) else 0.5
 
 
 def say_machine(say: Callable[[str], None]) -> None:
