@@ -47,7 +47,8 @@ class Routing:
         tokens: that this rank sends.
         sent: rows that this rank sends.
         known: what the dispatch that this one repeats has brought besides tokens; None if it repeats none.
-        choices: with deduplicated rows, the experts of each token and their weights, until they are sent.
+        idx: experts of each token, int64 [tokens, top_k], until they are sent; None if it repeats another one.
+        gates: with deduplicated rows, their weights, float32 [tokens, top_k], until they are sent.
     """
 
     def __init__(
@@ -62,9 +63,12 @@ class Routing:
         dedup: bool = False,
     ) -> None:
         runs = ranks * local_experts
-        sizes = [tokens * top_k, experts + 1, 1 + (ranks if destinations is None else destinations), runs, runs]
+        if destinations is None:
+            destinations = ranks
+        sizes = [tokens * top_k, experts + 1, 1 + destinations, runs, runs, destinations]
         parts = [
             layout.RT_ROW_OF, layout.RT_SENT_FIRST, layout.RT_SENT_ROWS, layout.RT_ENTRY_COUNTS, layout.RT_ENTRY_FIRST,
+            layout.RT_ARRIVING,
         ]  # fmt: skip
         if dedup:
             sizes += [ranks, ranks]
@@ -86,7 +90,8 @@ class Routing:
         self.tokens = tokens
         self.sent = 0
         self.known: Known | None = None
-        self.choices: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None = None
+        self.idx: npt.NDArray[np.int64] | None = None
+        self.gates: npt.NDArray[np.float32] | None = None
 
     @classmethod
     def again(cls, handle: Dispatched) -> Routing:
@@ -98,7 +103,7 @@ class Routing:
         routing.address = address_of(routing._head)
         routing.tokens, routing.sent = first.tokens, first.sent
         routing.known = Known(handle.counts, handle.source, handle.index, handle.weights)
-        routing.choices = None
+        routing.idx = routing.gates = None
         return routing
 
     @property
@@ -220,6 +225,11 @@ class Outputs:
                 )  # fmt: skip
         self._tokens, self._scales = tokens, scales
 
+    @property
+    def are_given(self) -> bool:
+        """Has the caller given memory?"""
+        return self._tokens is not None
+
     def require(self, rows: int) -> None:
         """Before anything is sent: is there room for so many rows?
 
@@ -237,16 +247,31 @@ class Outputs:
             counts: entries of each local expert.
         """
         tokens, scales = self._rows(routing.rows)
+        source = index = weights = None
+        if routing.known is None:
+            source = np.empty(routing.rows, SOURCE_DTYPE)
+            if self._shape.is_dedup:
+                index, weights = np.empty(routing.entries, INDEX_DTYPE), np.empty(routing.entries, np.float32)
+        return self.wrap(routing, tokens, scales, counts, source, index, weights)
+
+    def wrap(
+        self,
+        routing: Routing,
+        tokens: npt.NDArray[Any],
+        scales: npt.NDArray[np.float32] | None,
+        counts: npt.NDArray[np.int64] | None,
+        source: npt.NDArray[np.void] | None,
+        index: npt.NDArray[np.void] | None,
+        weights: npt.NDArray[np.float32] | None,
+    ) -> Dispatched:
+        """The result with these parts; all but tokens and scales are of no account if they are known."""
         known = routing.known
         if known is not None:
             return Dispatched(
                 tokens, scales, known.counts, known.source, routing, self.owner, known.index, known.weights
             )
         assert counts is not None
-        source = np.empty(routing.rows, SOURCE_DTYPE)
-        if not self._shape.is_dedup:
-            return Dispatched(tokens, scales, counts, source, routing, self.owner)
-        index, weights = np.empty(routing.entries, INDEX_DTYPE), np.empty(routing.entries, np.float32)
+        assert source is not None
         return Dispatched(tokens, scales, counts, source, routing, self.owner, index, weights)
 
     def _rows(self, n: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32] | None]:

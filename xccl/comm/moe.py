@@ -1,7 +1,7 @@
 """Expert-parallel dispatch and combine.
 
-How rows move is up to a protocol: `xccl.comm.moe_pull` (XDS section 3.2) or `xccl.comm.moe_push` (CM384 §4.2.1). All of
-them give the same bits.
+How rows move is up to a protocol: `xccl.comm.moe_pull` (XDS section 3.2), `xccl.comm.moe_push` (CM384 §4.2.1), or
+`xccl.comm.moe_direct`, which is no paper's. All of them give the same bits.
 
 Rows are expanded, one for each (token, slot) with an expert, or deduplicated, one for each token and rank that has any
 of its experts. Deduplicated rows take their gate weights along: the rank of the experts sums their outputs (in the
@@ -23,8 +23,8 @@ from ..kernels import moe as kernels
 from .buffers import BufferPool, address_of, require_int
 from .core import Core
 from .dispatched import Dispatched, Outputs, Routing
+from .moe_direct import Direct
 from .moe_input import (
-    bad_choice,
     check_active,
     check_choices,
     check_output,
@@ -41,7 +41,7 @@ from .moe_shape import MoeShape, make_shape
 from .steps import StepHook, Steps
 
 #: Names of protocols; the position stands for the name among ranks.
-PROTOCOLS = (Pull.name, Push.name)
+PROTOCOLS = (Pull.name, Push.name, Direct.name)
 
 _MAX_BUFFER_BYTES = 1 << 62
 _Result = TypeVar("_Result")
@@ -121,9 +121,10 @@ class ExpertParallel:
         self._protocol: MoeProtocol
         if self.protocol == Push.name:
             self._protocol = Push(comm, shape, arguments, buffer_bytes)
+        elif self.protocol == Direct.name:
+            self._protocol = Direct(comm, shape, arguments)
         else:
             self._protocol = Pull(comm, shape, arguments)
-        self._route = kernels.route_dedup if shape.is_dedup else kernels.route
 
     # -- dispatch ---------------------------------------------------------------------------------------------------
 
@@ -214,11 +215,7 @@ class ExpertParallel:
         routing = Routing(
             tokens, shape.top_k, shape.num_experts, shape.local_experts, shape.ranks, dedup=shape.is_dedup
         )
-        routing.sent = self._route.call(self._protocol.state_address, routing.address, address_of(idx))
-        if routing.sent < 0:
-            raise bad_choice(idx, -1 - routing.sent, shape.num_experts)
-        if weights is not None:
-            routing.choices = idx, weights
+        routing.idx, routing.gates = idx, weights
         return x, routing
 
     def _check_x(self, x: npt.NDArray[Any]) -> npt.NDArray[Any]:

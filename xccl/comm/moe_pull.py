@@ -96,6 +96,7 @@ class Pull(MoeProtocol):
     def dispatch(self, steps: Steps, x: npt.NDArray[Any], routing: Routing, outputs: Outputs) -> Dispatched:
         """See `MoeProtocol.dispatch`."""
         state, fields = self.state_address, self._dispatch_fields
+        self._route(routing)
         self._rows.grow(routing.sent * self._shape.row_bytes)
         epoch = self._dispatches + 1
         steps.begin(epoch)
@@ -121,10 +122,10 @@ class Pull(MoeProtocol):
         kernels.dispatch_write.call(state, routing.address, address_of(x), int(has_places))
         if is_new:
             kernels.dispatch_write_counts.call(state, routing.address)
-        if routing.choices is not None:
-            idx, weights = routing.choices
-            kernels.dispatch_write_entries.call(state, routing.address, address_of(idx), address_of(weights))
-            routing.choices = None
+        idx, gates = routing.idx, routing.gates
+        if idx is not None and gates is not None:
+            kernels.dispatch_write_entries.call(state, routing.address, address_of(idx), address_of(gates))
+        routing.idx = routing.gates = None
 
     def _pull(self, routing: Routing, outputs: Outputs) -> Dispatched:
         state, fields = self.state_address, self._dispatch_fields

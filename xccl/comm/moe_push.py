@@ -156,6 +156,7 @@ class Push(MoeProtocol):
     def dispatch(self, steps: Steps, x: npt.NDArray[Any], routing: Routing, outputs: Outputs) -> Dispatched:
         """See `MoeProtocol.dispatch`."""
         state, push, shape = self.state_address, self._push_address, self._shape
+        self._route(routing)
         self._back(routing)
         epoch, in_turn = self._dispatches + 1, self._is_dispatch_in_turn
         steps.begin(epoch)
@@ -164,11 +165,10 @@ class Push(MoeProtocol):
         self._dispatches = routing.epoch = epoch
         steps("send")
         idx_address = weights_address = 0
-        if routing.choices is not None:
-            idx, weights = routing.choices
-            idx_address, weights_address = address_of(idx), address_of(weights)
+        if routing.idx is not None and routing.gates is not None:
+            idx_address, weights_address = address_of(routing.idx), address_of(routing.gates)
         kernels.dispatch_send.call(state, push, routing.address, address_of(x), idx_address, weights_address)
-        routing.choices = None
+        routing.idx = routing.gates = None
         steps("notify")
         kernels.dispatch_notify.call(state, push, routing.address, int(routing.known is None))
         steps("await-flags")

@@ -26,6 +26,11 @@ class Steps:
         self._operation: Operation | None = None
         self.begun = False
 
+    @property
+    def is_watched(self) -> bool:
+        """Does anybody listen to steps?"""
+        return self._hook is not None or self._operation is not None
+
     def begin(self, number: int) -> None:
         """Arguments are checked, and the operation begins; `number` is its epoch."""
         self.begun = True
@@ -38,6 +43,12 @@ class Steps:
             self._hook(self._name, step)
         if self._operation is not None:
             self._operation.begin_stage(step)
+
+    def withdraw(self) -> None:
+        """Nothing was done after all: an argument was found to be wrong while the operation began."""
+        self.begun = False
+        if self._core.trace is not None and self._operation is not None:
+            self._core.trace.withdraw(self._operation)
 
     def finish(self, entries: Callable[[], Iterable[Entry]]) -> None:
         """The operation is done; `entries` says what it did, if somebody asks."""
