@@ -14,7 +14,7 @@ from xccl.errors import UsageError
 from xccl.layout.dtypes import CODE_BY_NAME, DTYPE_OF
 from xccl.layout.ring import MAX_LANES
 from xccl.model.project import whole_experts
-from xccl.protocol import a2e, collectives, moe, moe_push, onesided, p2p
+from xccl.protocol import a2e, collectives, moe, moe_direct, moe_push, onesided, p2p
 from xccl.protocol.collectives import FLOWS, Kind
 from xccl.protocol.counts import RoutingCounts
 from xccl.protocol.routing import make_routing
@@ -68,9 +68,12 @@ def describe_step(
             "combine": lambda: moe_push.combine(routing, hidden=options.hidden, item_bytes=item_bytes, in_turn=in_turn),
         }
         return [make[name]() for name in (("dispatch", "combine") if op == "moe" else (op,))]
+    described = moe_direct if options.protocol == "direct" else moe
     make = {
-        "dispatch": lambda: moe.dispatch(routing, hidden=options.hidden, item_bytes=item_bytes, quant=_quant(options)),
-        "combine": lambda: moe.combine(routing, hidden=options.hidden, item_bytes=item_bytes),
+        "dispatch": lambda: described.dispatch(
+            routing, hidden=options.hidden, item_bytes=item_bytes, quant=_quant(options)
+        ),
+        "combine": lambda: described.combine(routing, hidden=options.hidden, item_bytes=item_bytes),
     }
     return [make[name]() for name in (("dispatch", "combine") if op == "moe" else (op,))]
 

@@ -153,7 +153,7 @@ def direct_dispatched(shape: MoeShape, routing: Routing) -> list[Entry]:
         found += _moved("count", rank, "counts", 1, counts_bytes)
         for peer in peers:
             found += _moved("plan", peer, "counts", 1, counts_bytes)
-        found += _worked("plan", shape, "scan", 1, shape.ranks * counts_bytes)
+        found += _worked("plan", shape, "scan", 1, 0)
     found += _quantised("write", shape, routing)
     entries_sent = routing.part(layout.RT_SENT_FIRST, shape.num_experts + 1)
     for peer, n in enumerate(_sent(shape, routing).tolist()):
@@ -166,7 +166,7 @@ def direct_dispatched(shape: MoeShape, routing: Routing) -> list[Entry]:
                 first, end = (layout.first_expert(r, shape.num_experts, shape.ranks) for r in (peer, peer + 1))
                 m = int(entries_sent[end] - entries_sent[first])
                 found += _moved("write", peer, "entries", m, m * (INDEX_DTYPE.itemsize + _FLOAT32_BYTES))
-    return found + signals("notify", "rows", peers) + waits("await-rows", "rows", peers)
+    return found + signals("notify", "written", peers) + waits("await-rows", "written", peers)
 
 
 def direct_combined(shape: MoeShape, routing: Routing, has_shared: bool, *, copied: bool) -> list[Entry]:
