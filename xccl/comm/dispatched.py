@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,49 @@ class Known:
     source: npt.NDArray[np.void]
     index: npt.NDArray[np.void] | None
     weights: npt.NDArray[np.float32] | None
+
+
+class _RoutingShape(NamedTuple):
+    """What routing records of one size have in common.
+
+    Attributes:
+        words: of the record with its arrays.
+        head: the record, addresses from the record's start.
+        is_address: 1 where the record has one, else 0.
+    """
+
+    words: int
+    head: npt.NDArray[np.int64]
+    is_address: npt.NDArray[np.int64]
+
+
+@lru_cache(maxsize=256)
+def _routing_shape(
+    tokens: int, top_k: int, experts: int, local_experts: int, ranks: int, destinations: int, dedup: bool
+) -> _RoutingShape:
+    runs = ranks * local_experts
+    sizes = {
+        layout.RT_ROW_OF: tokens * top_k,
+        layout.RT_SENT_FIRST: experts + 1,
+        layout.RT_SENT_ROWS: destinations + 1,
+        layout.RT_ENTRY_COUNTS: runs,
+        layout.RT_ENTRY_FIRST: runs,
+        layout.RT_ARRIVING: destinations,
+        layout.RT_GOT_COUNTS: ranks if dedup else 0,
+        layout.RT_GOT_FIRST: ranks if dedup else 0,
+    }
+    head, is_address = np.zeros(_HEAD_WORDS, np.int64), np.zeros(_HEAD_WORDS, np.int64)
+    words = _HEAD_WORDS
+    for offset, size in sizes.items():
+        head[offset // 8] = 8 * words
+        is_address[offset // 8] = 1
+        words += size
+    if not dedup:
+        head[layout.RT_GOT_COUNTS // 8] = head[layout.RT_ENTRY_COUNTS // 8]
+        head[layout.RT_GOT_FIRST // 8] = head[layout.RT_ENTRY_FIRST // 8]
+    head[layout.RT_TOKENS // 8] = tokens
+    head[layout.RT_GROUPS // 8] = 1 if dedup else local_experts
+    return _RoutingShape(words, head, is_address)
 
 
 class Routing:
@@ -62,30 +106,15 @@ class Routing:
         destinations: int | None = None,
         dedup: bool = False,
     ) -> None:
-        runs = ranks * local_experts
-        if destinations is None:
-            destinations = ranks
-        sizes = [tokens * top_k, experts + 1, 1 + destinations, runs, runs, destinations]
-        parts = [
-            layout.RT_ROW_OF, layout.RT_SENT_FIRST, layout.RT_SENT_ROWS, layout.RT_ENTRY_COUNTS, layout.RT_ENTRY_FIRST,
-            layout.RT_ARRIVING,
-        ]  # fmt: skip
-        if dedup:
-            sizes += [ranks, ranks]
-            parts += [layout.RT_GOT_COUNTS, layout.RT_GOT_FIRST]
-        self._arrays = np.zeros(_HEAD_WORDS + sum(sizes), np.int64)
-        self._head = self._arrays[:_HEAD_WORDS]
+        shape = _routing_shape(
+            tokens, top_k, experts, local_experts, ranks, ranks if destinations is None else destinations, dedup
+        )
+        self._arrays = np.zeros(shape.words, np.int64)
         self._start: int = address_of(self._arrays)
         self.address = self._start
-        at = _HEAD_WORDS
-        for offset, size in zip(parts, sizes, strict=True):
-            self._head[offset // 8] = self._start + 8 * at
-            at += size
-        if not dedup:
-            self._head[layout.RT_GOT_COUNTS // 8] = self._head[layout.RT_ENTRY_COUNTS // 8]
-            self._head[layout.RT_GOT_FIRST // 8] = self._head[layout.RT_ENTRY_FIRST // 8]
-        self._head[layout.RT_TOKENS // 8] = tokens
-        self._head[layout.RT_GROUPS // 8] = 1 if dedup else local_experts
+        self._head = self._arrays[:_HEAD_WORDS]
+        np.multiply(shape.is_address, self._start, out=self._head)
+        self._head += shape.head
         self._places: npt.NDArray[np.int64] | None = None
         self.tokens = tokens
         self.sent = 0
@@ -148,7 +177,7 @@ class Routing:
         return self._arrays[start : start + size]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Dispatched:
     """What a rank got from a dispatch.
 

@@ -11,9 +11,7 @@ rank's first slot, in float32, rounded again).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +42,6 @@ from .steps import StepHook, Steps
 PROTOCOLS = (Pull.name, Push.name, Direct.name)
 
 _MAX_BUFFER_BYTES = 1 << 62
-_Result = TypeVar("_Result")
 
 
 class ExpertParallel:
@@ -182,7 +179,12 @@ class ExpertParallel:
                 )  # fmt: skip
             routing = Routing.again(handle)
             outputs.require(routing.rows)
-        result = self._guarded("dispatch", partial(self._protocol.dispatch, x=x, routing=routing, outputs=outputs))
+        steps = Steps(self._core, self.on_step, "dispatch")
+        try:
+            result = self._protocol.dispatch(steps, x, routing, outputs)
+        except BaseException as error:
+            self._give_up("dispatch", steps, error)
+            raise
         if outputs.problem is not None:
             outputs.problem.__dict__["dispatched"] = result
             raise outputs.problem
@@ -275,12 +277,12 @@ class ExpertParallel:
         result = (routing.tokens, shape.hidden)
         y = self._pool.take(result, shape.dtype) if out is None else check_output(out, result, shape.dtype)
         shared = None if shared_out is None else check_shared(shared_out, result, shape.dtype, y)
-        self._guarded(
-            "combine",
-            partial(
-                self._protocol.combine, expert_out=expert_out, routing=routing, weights=weights, shared_out=shared, y=y
-            ),
-        )
+        steps = Steps(self._core, self.on_step, "combine")
+        try:
+            self._protocol.combine(steps, expert_out, routing, weights, shared, y)
+        except BaseException as error:
+            self._give_up("combine", steps, error)
+            raise
         return y
 
     def reduce_local(self, expert_out: npt.NDArray[Any], dispatched: Dispatched) -> npt.NDArray[Any]:
@@ -326,15 +328,10 @@ class ExpertParallel:
 
     # -- shared -----------------------------------------------------------------------------------------------------
 
-    def _guarded(self, call: str, operate: Callable[[Steps], _Result]) -> _Result:
-        """Run an operation; what breaks it off after its checks makes the object unusable."""
-        steps = Steps(self._core, self.on_step, call)
-        try:
-            return operate(steps)
-        except BaseException as error:
-            if steps.begun:
-                self._broken = f"{call} was given up in the middle ({type(error).__name__})"
-            raise
+    def _give_up(self, call: str, steps: Steps, error: BaseException) -> None:
+        """What breaks an operation off after its checks makes the object unusable."""
+        if steps.begun:
+            self._broken = f"{call} was given up in the middle ({type(error).__name__})"
 
     def _require_usable(self) -> None:
         self._core.require_open()

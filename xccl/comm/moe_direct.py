@@ -108,6 +108,7 @@ class Direct(MoeProtocol):
             comm, "ExpertParallel", arguments, (fields_bytes, blocks.total_bytes), (fields_bytes, blocks.slots)
         )
         heap = self._reserved.block
+        self._segment_bytes = self._core.fabric.segment_bytes
         self._fields = self._own_segment + self._reserved.fields
         self._slots = _Slots(self._core, shape, blocks, heap + blocks.slots)
         # What the caller holds stays as it is when everything else is given back.
@@ -157,7 +158,7 @@ class Direct(MoeProtocol):
         self._dispatches = epoch
         routing.idx = routing.gates = None
         result = self._result(slot, may_give, routing, outputs, counts)
-        steps.finish(partial(traced_moe.direct_dispatched, self._shape, routing))
+        steps.finish(traced_moe.direct_dispatched, self._shape, routing)
         return result
 
     def _with_memory(self, routing: Routing) -> Callable[[], None]:
@@ -218,15 +219,13 @@ class Direct(MoeProtocol):
             peer = int(self._direct[layout.DI_RESULT // 8])
             raise self._other_dispatch(routing, peer, words.load(self._field(peer) + layout.DF_DISPATCH))
         self._combines = epoch
-        steps.finish(
-            partial(traced_moe.direct_combined, self._shape, routing, shared_out is not None, copied=copied != 0)
-        )
+        steps.finish(traced_moe.direct_combined, self._shape, routing, shared_out is not None, copied=copied != 0)
 
     def _lies_here(self, expert_out: npt.NDArray[Any], y: npt.NDArray[Any]) -> bool:
         """May peers read it where it is: whole in the own segment, and not where the result goes?"""
         address, n_bytes = address_of(expert_out), expert_out.nbytes
         start = address - self._own_segment
-        if not 0 <= start <= self._core.fabric.segment_bytes - n_bytes or address % expert_out.itemsize:
+        if not 0 <= start <= self._segment_bytes - n_bytes or address % expert_out.itemsize:
             return False
         result = address_of(y)
         return result >= address + n_bytes or result + y.nbytes <= address
@@ -346,7 +345,7 @@ class _Slots:
         """A slot to which nobody refers, and whether it may be given away: there is another one."""
         found = -1
         for slot in range(SLOTS):
-            if not _is_held(self.raws, slot):
+            if _references(self.raws, slot) == _REFERENCES_TO_A_FREE_SLOT:
                 if found >= 0:
                     return found, True
                 found = slot
@@ -382,15 +381,14 @@ class _Slots:
             self.capacities[self.offsets.index(offset)] = rows
 
 
-def _is_held(raws: list[npt.NDArray[np.uint8]], slot: int) -> bool:
-    """Does anybody but the list refer to a slot?"""
-    return sys.getrefcount(raws[slot]) > _REFERENCES_TO_A_FREE_SLOT
+def _references(raws: list[npt.NDArray[np.uint8]], slot: int) -> int:
+    """How many refer to a slot: the list does, and as many as a call makes of it, which is Python's affair."""
+    return sys.getrefcount(raws[slot])
+
+
+_REFERENCES_TO_A_FREE_SLOT = _references([np.empty(1, np.uint8)], 0)
 
 
 def _any_held(raws: list[npt.NDArray[np.uint8]]) -> bool:
     """Does anybody refer to any slot?"""
-    return any(_is_held(raws, slot) for slot in range(SLOTS))
-
-
-#: That of the list, and as many as a call makes of it, which is Python's affair.
-_REFERENCES_TO_A_FREE_SLOT = sys.getrefcount([np.empty(1, np.uint8)][0])
+    return any(_references(raws, slot) > _REFERENCES_TO_A_FREE_SLOT for slot in range(SLOTS))

@@ -34,7 +34,6 @@ timing.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -113,7 +112,7 @@ class Pull(MoeProtocol):
         result = self._pull(routing, outputs)
         steps("release")
         kernels.release.call(state, fields, epoch)
-        steps.finish(partial(traced_moe.pull_dispatched, self._shape, routing))
+        steps.finish(traced_moe.pull_dispatched, self._shape, routing)
         return result
 
     def _write(self, routing: Routing, x: npt.NDArray[Any]) -> None:
@@ -184,7 +183,7 @@ class Pull(MoeProtocol):
         )  # fmt: skip
         steps("release")
         kernels.release.call(state, fields, epoch)
-        steps.finish(partial(traced_moe.pull_combined, self._shape, routing, shared_out is not None))
+        steps.finish(traced_moe.pull_combined, self._shape, routing, shared_out is not None)
 
     def free(self) -> None:
         """See `MoeProtocol.free`."""

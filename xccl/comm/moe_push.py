@@ -46,7 +46,6 @@ Rows are summed where they lie, in an order fixed by the routing, so the result 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -181,10 +180,8 @@ class Push(MoeProtocol):
         self._operations += 1
         self._is_dispatch_in_turn, self._is_combine_in_turn = False, True
         steps.finish(
-            partial(
-                traced_moe.push_dispatched, shape, routing, in_turn=in_turn, packet_bytes=self._packet_bytes,
-                counts_bytes=self._counts_bytes,
-            )
+            traced_moe.push_dispatched, shape, routing, in_turn=in_turn, packet_bytes=self._packet_bytes,
+            counts_bytes=self._counts_bytes,
         )  # fmt: skip
         return result
 
@@ -284,10 +281,8 @@ class Push(MoeProtocol):
         if routing.epoch == self._dispatches:
             self._is_dispatch_in_turn = True
         steps.finish(
-            partial(
-                traced_moe.push_combined, self._shape, routing, shared_out is not None, in_turn=in_turn,
-                packet_bytes=self._return_packet_bytes,
-            )
+            traced_moe.push_combined, self._shape, routing, shared_out is not None, in_turn=in_turn,
+            packet_bytes=self._return_packet_bytes,
         )  # fmt: skip
 
     def _await_tokens(self, routing: Routing, epoch: int) -> None:

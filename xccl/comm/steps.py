@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 from ..trace.entry import Entry
 from ..trace.record import Operation
@@ -18,6 +20,8 @@ class Steps:
     Attributes:
         begun: has it done anything that peers may see?
     """
+
+    __slots__ = ("_core", "_hook", "_name", "_operation", "begun")
 
     def __init__(self, core: Core, hook: StepHook | None, name: str) -> None:
         self._core = core
@@ -50,7 +54,7 @@ class Steps:
         if self._core.trace is not None and self._operation is not None:
             self._core.trace.withdraw(self._operation)
 
-    def finish(self, entries: Callable[[], Iterable[Entry]]) -> None:
-        """The operation is done; `entries` says what it did, if somebody asks."""
+    def finish(self, entries: Callable[..., Iterable[Entry]], *args: Any, **options: Any) -> None:
+        """The operation is done; `entries`, called with the rest, says what it did, if somebody asks."""
         if self._operation is not None:
-            self._operation.finish(entries)
+            self._operation.finish(partial(entries, *args, **options))
