@@ -21,7 +21,7 @@ from ..kernels import moe as kernels
 from .buffers import BufferPool, address_of, require_int
 from .core import Core
 from .dispatched import Dispatched, Outputs, Routing
-from .moe_direct import Direct
+from .moe_direct import Direct, blocks_of
 from .moe_input import (
     check_active,
     check_choices,
@@ -40,6 +40,8 @@ from .steps import StepHook, Steps
 
 #: Names of protocols; the position stands for the name among ranks.
 PROTOCOLS = (Pull.name, Push.name, Direct.name)
+#: Stands for one of them.
+AUTO = "auto"
 
 _MAX_BUFFER_BYTES = 1 << 62
 
@@ -59,12 +61,14 @@ class ExpertParallel:
         max_tokens: the most tokens that a rank may dispatch at once; sizes the buffers.
         dtype: bfloat16 (ml_dtypes), float16 or float32.
         quant: "int8" sends rows as INT8 with one float32 scale a token; "none" or None sends them as they are.
-        protocol: "pull" or "push".
+        protocol: "pull", "push", "direct", or "auto" for the fastest one that has room: direct, or pull if the managed
+            area has no address space for direct's slots.
         rows: "expanded", or "dedup" for one row for each token and rank.
         buffer_bytes: of the buffers of the push protocol, as `xccl.buffer_size_hint` counts them; None for what that
             says. More is needed only if tokens name an expert more than once.
 
     Attributes:
+        protocol: the one in use.
         first_expert: the first expert of this rank.
         local_experts: how many it holds.
         on_step: called with (operation, step) before each step; for tests and tools.
@@ -96,7 +100,9 @@ class ExpertParallel:
                 core, num_experts=num_experts, hidden=hidden, top_k=top_k, max_tokens=max_tokens, dtype=dtype,
                 quant=quant, rows=rows,
             )  # fmt: skip
-            self.protocol = require_choice(protocol, "protocol", PROTOCOLS)
+            self.protocol = require_choice(protocol, "protocol", (*PROTOCOLS, AUTO))
+            if self.protocol == AUTO:
+                self.protocol = _fastest(core, shape)
             if buffer_bytes is not None:
                 if self.protocol != Push.name:
                     raise UsageError(f"buffer_bytes is for protocol push, not {self.protocol}", value=buffer_bytes)
@@ -150,13 +156,16 @@ class ExpertParallel:
 
         Returns:
             The rows for this rank's experts. Its arrays are the caller's, for as long as it keeps them; of a dispatch
-            that repeats another one, all but tokens and scales are those of the first.
+            that repeats another one, all but tokens and scales are those of the first. By the direct protocol they lie
+            in the managed area, where peers can read what the caller makes of them in place.
 
         Raises:
             UsageError: a dtype, shape or expert is wrong. Nothing was sent; the other ranks wait for this one.
             CapacityError: more tokens than max_tokens, a block that is too small for tokens that name an expert more
                 than once, or no memory. Nothing was sent; the others wait. If `out` is too small for what has come,
-                everything has been sent and received; the error has the result as its attribute `dispatched`.
+                everything has been sent and received; the error has the result as its attribute `dispatched`. By the
+                direct protocol ranks learn only from all counts how much memory they need: if there is none, no rows
+                are sent, and the object cannot be used any more.
             EventMismatch: ranks repeat different dispatches, or not all of them do.
             WaitTimeout, PeerDied, SessionAborted: see `xccl.errors`.
         """
@@ -242,7 +251,8 @@ class ExpertParallel:
 
         Args:
             expert_out: [n, hidden] in the dtype of this object, in the order of `dispatched.tokens`. With deduplicated
-                rows these are sums over the local experts of each row; see `reduce_local`.
+                rows these are sums over the local experts of each row; see `reduce_local`. The direct protocol copies
+                them, unless they lie in this rank's segment: in `dispatched.tokens`, or in a symmetric array.
             dispatched: what the dispatch returned; all ranks pass the one of the same dispatch.
             topk_weights: float [tokens, top_k]; used as float32. None with deduplicated rows.
             shared_out: [tokens, hidden] in the dtype of this object, the output of a shared expert on this rank, added
@@ -345,3 +355,9 @@ class ExpertParallel:
                 f"{type(dispatched).__name__}",
                 value=type(dispatched).__name__,
             )
+
+
+def _fastest(core: Core, shape: MoeShape) -> str:
+    """The protocol that was fastest wherever it was measured (docs/performance.md), if it fits the managed area."""
+    needed_bytes = blocks_of(shape).total_bytes
+    return Direct.name if needed_bytes <= core.fabric.geometry.heap_bytes else Pull.name

@@ -99,10 +99,7 @@ class Direct(MoeProtocol):
 
     def __init__(self, comm: Any, shape: MoeShape, arguments: dict[str, int]) -> None:
         super().__init__(comm.core, shape)
-        blocks = direct_blocks(
-            ranks=shape.ranks, experts=shape.num_experts, max_tokens=shape.max_tokens, top_k=shape.top_k,
-            row_bytes=shape.row_bytes, return_bytes=shape.return_bytes, int8=shape.is_int8, dedup=shape.is_dedup,
-        )  # fmt: skip
+        blocks = blocks_of(shape)
         fields_bytes = shape.ranks * DIRECT_FIELD_BYTES
         self._reserved = Reservation(
             comm, "ExpertParallel", arguments, (fields_bytes, blocks.total_bytes), (fields_bytes, blocks.slots)
@@ -309,6 +306,14 @@ class Direct(MoeProtocol):
     def free(self) -> None:
         """See `MoeProtocol.free`. If results are held, the memory of all slots is kept."""
         self._reserved.free()
+
+
+def blocks_of(shape: MoeShape) -> DirectBlocks:
+    """The parts of the managed block of an object of this shape."""
+    return direct_blocks(
+        ranks=shape.ranks, experts=shape.num_experts, max_tokens=shape.max_tokens, top_k=shape.top_k,
+        row_bytes=shape.row_bytes, return_bytes=shape.return_bytes, int8=shape.is_int8, dedup=shape.is_dedup,
+    )  # fmt: skip
 
 
 class _Slots:
