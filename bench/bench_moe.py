@@ -17,11 +17,12 @@ SHAPES = pytest.mark.parametrize(
 )
 
 
-def _options(ranks: int, tokens: int, quant: str) -> BenchOptions:
+def _options(ranks: int, tokens: int, quant: str, protocol: str = "pull") -> BenchOptions:
     iters = 100 if tokens <= 8 else 30
     return BenchOptions(
-        op="moe", ranks=ranks, tokens=(tokens,), hidden=7168, experts=32, topk=8, quant=quant, iters=iters
-    )
+        op="moe", ranks=ranks, tokens=(tokens,), hidden=7168, experts=32, topk=8, quant=quant, iters=iters,
+        protocol=protocol,
+    )  # fmt: skip
 
 
 @SHAPES
@@ -37,3 +38,8 @@ def bench_combine(run: Run, ranks: int, tokens: int, quant: str) -> None:
 @SHAPES
 def bench_moe(run: Run, ranks: int, tokens: int, quant: str) -> None:
     run(_options(ranks, tokens, quant), "moe")
+
+
+@SHAPES
+def bench_moe_direct(run: Run, ranks: int, tokens: int, quant: str) -> None:
+    run(_options(ranks, tokens, quant, "direct"), "moe")
