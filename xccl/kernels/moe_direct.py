@@ -67,7 +67,7 @@ from .copy import copy_bytes, copy_bytes_auto
 from .moe import ROW_BITS, ROW_MASK, first_expert, first_row_of, route_rows, route_rows_dedup, segment
 from .quantise import quantise_row
 from .reduce import weighted_sum_rows
-from .wait import MISMATCH, OK, SLICE, await_words, ring
+from .wait import MISMATCH, OK, SLICE, await_words, ring_for
 
 #: Statuses of their own: a slot needs more memory; an element of `topk_idx` is no expert; a wait has ended with SLICE,
 #: but another one than that with which the call began.
@@ -105,8 +105,9 @@ def _tell(state: int, direct: int, word: int, epoch: int) -> None:
     rank, ranks = load_i64(state + EP_RANK), load_i64(state + EP_RANKS)
     for i in range(1, ranks + 1):
         peer = (rank + i) % ranks
-        store_release(_field_at(state, direct, peer) + word, epoch)
-        ring(segment(state, peer) + CONTROL_OFFSET)
+        address = _field_at(state, direct, peer) + word
+        store_release(address, epoch)
+        ring_for(segment(state, peer) + CONTROL_OFFSET, address)
 
 
 @device

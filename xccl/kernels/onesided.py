@@ -16,7 +16,7 @@ from ..layout.segment import (
 from ._jit import device, kernel
 from .atomics import fence_seq_cst, fetch_add, load_acquire, load_i64, store_i64, store_release
 from .copy import copy_bytes_auto
-from .wait import OK, relax, ring, settle
+from .wait import OK, relax_for, ring_for, settle
 
 #: Comparison codes of `wait_until`, by name.
 COMPARISONS = {"eq": 0, "ne": 1, "gt": 2, "ge": 3, "lt": 4, "le": 5}
@@ -42,7 +42,7 @@ def send_signal(address: int, value: int, add: int, control: int) -> None:
         fetch_add(address, value)
     else:
         store_release(address, value)
-    ring(control)
+    ring_for(control, address)
 
 
 @kernel("void(int64, int64, int64, int64)")
@@ -85,7 +85,7 @@ def wait_for_word(control: int, address: int, comparison: int, value: int, until
         if word_holds(seen, comparison, value):
             settle(control, n)
             return OK, seen
-        n = relax(control, n, seq, until_ns)
+        n = relax_for(control, n, seq, until_ns, address)
         if n < 0:
             return n, seen
 
@@ -122,14 +122,15 @@ def barrier(
         if fetch_add(arrivals, 1) + 1 == epoch * ranks:
             store_i64(arrived + 8, epoch)
             for i in range(ranks):
-                store_release(load_i64(releases + 8 + 8 * i), epoch)
-                ring(load_i64(controls + 8 * i))
+                word = load_i64(releases + 8 + 8 * i)
+                store_release(word, epoch)
+                ring_for(load_i64(controls + 8 * i), word)
     n = 0
     while True:
         seq = load_acquire(control + CTL_DOORBELL)
         if load_acquire(own) >= epoch:
             break
-        n = relax(control, n, seq, until_ns)
+        n = relax_for(control, n, seq, until_ns, own)
         if n < 0:
             return n
     settle(control, n)
@@ -154,4 +155,4 @@ def agree(segments: int, ranks: int, offset: int, values: int, n: int, epoch: in
             store_i64(segment + offset + AGREE_VALUES + 8 * i, load_i64(values + 8 * i))
         # SYNC POINT agreement: released after the values; `wait_all` on the epochs acquires it.
         store_release(segment + offset + AGREE_EPOCH, epoch)
-        ring(segment + CONTROL_OFFSET)
+        ring_for(segment + CONTROL_OFFSET, segment + offset + AGREE_EPOCH)
