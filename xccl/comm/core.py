@@ -112,6 +112,8 @@ class Core:
         self._pid = os.getpid()
         #: Blocks that the communicator has reserved, with their allocators, by offset.
         self.blocks: dict[int, SymmetricAllocator] = {}
+        #: Of those in which results may lie, by offset: does anybody refer to one?
+        self.lent: dict[int, Callable[[], bool]] = {}
         #: Tells all ranks a few words, and returns those of all: [size, words]. Set by the communicator.
         self.exchange: Callable[[str, list[int]], np.ndarray] = no_exchange
         #: Drives requests that are under way; None while there are none.
