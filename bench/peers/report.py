@@ -13,7 +13,7 @@ import numpy as np
 from bench.peers.driver import CellResult, Entry
 from bench.peers.names import COPY, PEERS, XCCL
 from bench.peers.statistics import Ratio, ratio
-from bench.peers.table import NOT_COMPARED, Comparison, Contestant, size_name
+from bench.peers.table import Comparison, Contestant, differences, size_name
 from xccl.cli.environment import environment
 
 SCHEMA: Final = 2
@@ -135,7 +135,7 @@ def closing(results: Sequence[CellResult]) -> list[str]:
     disturbed = sum(entry.disturbed for result in results for entry in result.entries.values())
     if disturbed:
         texts.append(f"disturbed: in {disturbed} of {turns} turns other processes took a core in every block")
-    return [*texts, *_reasons_and_notes(results), *(f"not compared: {what}" for what in NOT_COMPARED)]
+    return [*texts, *_reasons_and_notes(results), *(f"not quite the same: {text}" for text in _differences(results))]
 
 
 def _reasons_and_notes(results: Sequence[CellResult]) -> list[str]:
@@ -156,6 +156,10 @@ def _reasons_and_notes(results: Sequence[CellResult]) -> list[str]:
         ),
         *(f"note: {note}" for note in notes),
     ]
+
+
+def _differences(results: Sequence[CellResult]) -> list[str]:
+    return differences((result.cell.op, contestant.library) for result in results for contestant in result.entries)
 
 
 def to_json(results: Sequence[CellResult], versions: dict[str, str], command: Sequence[str]) -> dict[str, Any]:
@@ -193,7 +197,7 @@ def to_json(results: Sequence[CellResult], versions: dict[str, str], command: Se
             }
             for result in results
         ],
-        "not_compared": list(NOT_COMPARED),
+        "differences": _differences(results),
     }
 
 

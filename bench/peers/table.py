@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from bench.peers.collectives import PARTS
 from bench.peers.names import COPY, XCCL
 from bench.peers.work import Cell
 from xccl.comm.moe import PROTOCOLS
@@ -163,16 +164,50 @@ OPERATIONS: Final = (
     Operation("moe", "MoE dispatch + combine", _RANKS, (8, 64, 128), _moe()),
 )
 
-#: What is compared with no figure here, and why; what is not quite the same work.
-NOT_COMPARED: Final = (
-    "C Open MPI, OpenSHMEM and UCX: not in PyPI's wheels, and xccl is called from Python; see published.py.",
-    "Expanded MoE rows of peers come grouped by source rank, those of xccl by expert: xccl does more.",
-    "MoE outputs lie in a symmetric array of xccl; peers can only be handed an array.",
-    "INT8 dispatch of xccl is compared with 16-bit rows of the peers, which have no quantising exchange.",
-    "multiprocessing has no collectives: they are a barrier and copies through shared memory, written for this table.",
-    "gloo's allreduce is in place, the others' into another array.",
-    "In xccl's broadcast, gather and scatter every rank waits for every other; MPI's let the root run ahead.",
-)
+
+_ALL: Final = tuple(operation.op for operation in OPERATIONS)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Why figures are not of quite the same work, or not there; told where one of the operations was measured.
+
+    Attributes:
+        text: what is different.
+        ops: the operations.
+        library: the peer; all if empty.
+    """
+
+    text: str
+    ops: tuple[str, ...] = _ALL
+    library: str = ""
+
+
+_DIFFERENCES: Final = (
+    Difference("C Open MPI, OpenSHMEM, UCX: not in PyPI's wheels, and xccl is called from Python; see published.py."),
+    Difference("Expanded rows of peers come grouped by source rank, those of xccl by expert, which is more.", ("moe",)),
+    Difference("Outputs lie in a symmetric array of xccl; peers can only be handed an array.", ("moe",)),
+    Difference("INT8 dispatch is beside 16-bit rows of the peers, which have no quantising exchange.", ("moe",)),
+    Difference(
+        "multiprocessing has no collectives: they are a barrier and copies through shared memory, made for this table.",
+        (*PARTS, "moe"), "multiprocessing",
+    ),
+    Difference("gloo's allreduce is in place, the others' into another array.", ("allreduce",), "gloo"),
+    Difference(
+        "In xccl every rank waits for every other; the peers' roots, or those that only give, may run ahead.",
+        ("broadcast", "gather", "scatter"),
+    ),
+)  # fmt: skip
+
+
+def differences(entries: Iterable[tuple[str, str]]) -> list[str]:
+    """Those that bear on these operations and libraries."""
+    measured = set(entries)
+    return [
+        d.text
+        for d in _DIFFERENCES
+        if any(op in d.ops and d.library in ("", library) for op, library in measured if library not in (XCCL, COPY))
+    ]
 
 
 def operation_of(op: str) -> Operation:

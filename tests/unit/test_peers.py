@@ -18,7 +18,7 @@ from bench.peers.moe import Inputs, Shape, as_bits, as_float, expert_factor
 from bench.peers.names import COPY, XCCL
 from bench.peers.session import NotThereError, SessionError
 from bench.peers.statistics import Ratio, ratio
-from bench.peers.table import OPERATIONS, Contestant, contestants, operation_of
+from bench.peers.table import OPERATIONS, Contestant, contestants, differences, operation_of
 from bench.peers.work import Block, Cell, Prepared, pattern
 from xccl.comm.moe import PROTOCOLS
 
@@ -142,6 +142,13 @@ def test_a_line_shows_the_figures_that_its_ratio_is_of() -> None:
         "0.03",
     ]
     assert any("missed: allreduce" in line and "2.14 times the limit" in line for line in report.closing([result]))
+
+
+def test_differences_are_told_of_what_was_measured() -> None:
+    assert [text[:6] for text in differences([("barrier", "gloo"), ("allreduce", "copy")])] == ["C Open"]
+    of_gloo = differences([("allreduce", "gloo")])
+    assert any("in place" in text for text in of_gloo)
+    assert of_gloo != differences([("allreduce", "mpich")])
 
 
 def test_what_has_no_figure_says_why() -> None:
