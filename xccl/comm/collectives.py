@@ -261,6 +261,22 @@ class Collectives:
                 no room for them. Nothing is written then; what this rank gave has reached the others.
         """
         exchange = self._exchange
+        try:
+            plan = exchange.ready["alltoallv", x.dtype, x.shape[1:]]
+        except (KeyError, AttributeError, TypeError):
+            return self._alltoallv_carefully(x, send_counts, recv_counts, out, timeout_s)
+        if timeout_s is not None or self.core.progress is not None or not plan.take_counts(send_counts, recv_counts):
+            return self._alltoallv_carefully(x, send_counts, recv_counts, out, timeout_s)
+        status = kernels.collective.call(exchange.address, plan.address, id(x), _object(out), 1, _SLICE)
+        if status == kernels.UNFIT:
+            return self._alltoallv_carefully(x, send_counts, recv_counts, out, timeout_s)
+        return self._rows_that_came(plan, x, out, status, None)
+
+    def _alltoallv_carefully(
+        self, x: Any, send_counts: Any, recv_counts: Any, out: Any, timeout_s: float | None
+    ) -> tuple[Array, npt.NDArray[np.int64]]:
+        """Check, run, and hand out the result."""
+        exchange = self._exchange
         self.core.require_open()
         try:
             x, plan = self._checked_rows(x, send_counts, recv_counts, out)
@@ -268,22 +284,27 @@ class Collectives:
                 timeout_s = require_timeout(timeout_s)
         except (UsageError, CapacityError) as error:
             exchange.refuse(error)
-        exchange.prepare(plan)
-        result = out
+        exchange.prepare(plan, ("alltoallv", x.dtype, x.shape[1:]))
         with traced.metered(exchange, plan):
             status = exchange.run(plan, id(x), _object(out), timeout_s)
-            if status == kernels.SIZES_KNOWN:
-                result = np.empty((int(plan.table[TB_CAME].sum()), *x.shape[1:]), x.dtype)
-                status = exchange.run(plan, id(x), id(result), timeout_s)
-        if status == kernels.UNFIT:
-            counts = plan.table[TB_ROWS]
-            text = f"alltoallv: send_counts are {counts.tolist()} and sum to {counts.sum()}, x has {len(x)} rows"
-            exchange.refuse(UsageError(text, value=int(counts.sum()), bound=len(x)))
+            return self._rows_that_came(plan, x, out, status, timeout_s)
+
+    def _rows_that_came(
+        self, plan: Plan, x: Array, out: Array | None, status: int, timeout_s: float | None
+    ) -> tuple[Array, npt.NDArray[np.int64]]:
+        """The end of an alltoallv whose kernel has returned `status`."""
+        exchange = self._exchange
+        if status < OK or status == kernels.BUSY:
+            status = exchange.finish(plan, status, id(x), _object(out), timeout_s)
+        if status == kernels.SIZES_KNOWN:
+            out = np.empty((exchange.rows_that_came(), *x.shape[1:]), x.dtype)
+            status = exchange.run(plan, id(x), id(out), timeout_s)
         came = plan.table[TB_CAME].copy()
         if status == kernels.WRONG_ROWS:
             raise self._wrong_rows(came, plan.table[TB_EXPECTED], out)
-        assert result is not None
-        return result if out is None else result[: int(came.sum())], came
+        assert out is not None
+        rows = exchange.rows_that_came()
+        return out if len(out) == rows else out[:rows], came
 
     def _wrong_rows(self, came: Array, expected: Array, out: Array | None) -> UsageError:
         """Why the rows that came could not be taken."""
@@ -315,8 +336,14 @@ class Collectives:
             if _overlap(x, out):
                 x = x.copy()
         plan = self._exchange.plan_rows(x.dtype, row_bytes)
-        plan.table[TB_ROWS] = _counts(send_counts, "send_counts", self.size)
+        counts = plan.table[TB_ROWS]
+        counts[:] = _counts(send_counts, "send_counts", self.size)
         plan.table[TB_EXPECTED] = -1 if recv_counts is None else _counts(recv_counts, "recv_counts", self.size)
+        if counts.min() < 0 or counts.sum() != len(x):
+            raise UsageError(
+                f"alltoallv: send_counts are {counts.tolist()} and sum to {counts.sum()}, x has {len(x)} rows",
+                value=int(counts.sum()), bound=len(x),
+            )  # fmt: skip
         return x, plan
 
     def _checked(

@@ -171,7 +171,7 @@ class Exchange:
             timeout_s: deadline in seconds; the communicator's default if None.
 
         Returns:
-            OK, SIZES_KNOWN, UNFIT (alltoallv: rows do not sum up) or WRONG_ROWS.
+            OK; for alltoallv also SIZES_KNOWN or WRONG_ROWS.
 
         Raises:
             UsageError: ranks have made different calls; at all of them.
@@ -203,6 +203,10 @@ class Exchange:
         if status == MISMATCH:
             raise disagreement(plan.name, core.rank, self._said_by_all(plan))
         return status
+
+    def rows_that_came(self) -> int:
+        """Alltoallv: rows of the last call, of all ranks together."""
+        return int(self.state[layout.CS_CAME // 8])
 
     def tell_all(self, call: str, values: list[int]) -> npt.NDArray[np.int64]:
         """Tell all ranks at most AGREE_MAX_VALUES words.

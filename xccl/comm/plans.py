@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import CapacityError, UsageError, XcclError
 from ..layout import collectives as layout
-from ..layout.collectives import OPERATORS, TABLE_COLUMNS
+from ..layout.collectives import OPERATORS, TABLE_COLUMNS, TB_EXPECTED, TB_ROWS
 from ..layout.dtypes import CODE_OF
 from ..protocol.collectives import ALGORITHMS, FLOWS, Cut, Kind, cut
 from .core import grouped
@@ -22,6 +22,8 @@ _NO_ROOT: Final = 0xFFFF
 #: Where the input may be a part of the output: at its start, or at the part of the own rank.
 _AT_START: Final = frozenset({"allreduce", "broadcast"})
 _AT_OWN_PART: Final = frozenset({"allgather", "gather"})
+
+_INT64: Final = np.dtype(np.int64)
 
 #: Element types by the checksums that stand for them.
 _DTYPE_NAMES: Final[dict[int, str]] = {}
@@ -43,6 +45,9 @@ class Plan:
     """
 
     __slots__ = (
+        "_counts_shape",
+        "_expected",
+        "_rows",
         "_words", "address", "drops", "dtype", "half_bytes", "kind", "leads", "name", "row_bytes", "table"
     )  # fmt: skip
 
@@ -58,6 +63,8 @@ class Plan:
         self.drops = flow.parts
         self.row_bytes = row_bytes
         self.table = np.zeros((TABLE_COLUMNS, ranks if row_bytes else 0), np.int64)
+        self._rows, self._expected = self.table[TB_ROWS], self.table[TB_EXPECTED]
+        self._counts_shape = (ranks,)
         self._words = np.zeros(layout.PLAN.size_bytes // 8, np.int64)
         self.address: int = self._words.ctypes.data
         cut_words = {
@@ -73,6 +80,19 @@ class Plan:
         }
         for offset, value in (cut_words | words).items():
             self._words[offset // 8] = value
+
+    def take_counts(self, send: Any, expected: Any) -> bool:
+        """Alltoallv: note the numbers of rows, if they are plain int64 arrays of the right length."""
+        if type(send) is not np.ndarray or send.dtype != _INT64 or send.shape != self._counts_shape:
+            return False
+        self._rows[:] = send
+        if expected is None:
+            self._expected.fill(-1)
+            return True
+        if type(expected) is not np.ndarray or expected.dtype != _INT64 or expected.shape != self._counts_shape:
+            return False
+        self._expected[:] = expected
+        return True
 
     def make_out(self, shape: tuple[int, ...]) -> np.ndarray:
         """A new array for the output, with an input of that shape."""

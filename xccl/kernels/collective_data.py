@@ -6,6 +6,7 @@ from ..layout.collectives import (
     CR_BYTES,
     CR_LIMIT,
     CR_PAYLOAD,
+    CS_CAME,
     CS_CHUNK,
     CS_CLOSES,
     CS_COUNTS,
@@ -150,6 +151,7 @@ def learn_sizes(state: int, plan: int, step: int, room_bytes: int) -> None:
     if room_bytes >= 0 and at > room_bytes:
         takes = 0
     store_i64(state + CS_TAKES, takes)
+    store_i64(state + CS_CAME, at // row_bytes)
     store_i64(state + CS_STEPS, max(1, -(-largest // load_i64(state + CS_CHUNK))))
 
 

@@ -59,7 +59,7 @@ from .collective_data import (
 )
 from .collective_records import all_agree, await_all, meter, say, segment_of, table_at
 from .fold import fold_rows
-from .ndarray import bytes_of, data_of, first_dim, is_plain
+from .ndarray import bytes_of, data_of, first_dim, is_plain, same_rows
 from .wait import MISMATCH, OK
 
 #: Phases of a call.
@@ -91,6 +91,21 @@ def _plan_rows(state: int, plan: int, rows: int) -> bool:
             largest = max(largest, size)
     store_i64(state + CS_LARGEST, largest)
     return at == rows * row_bytes
+
+
+@device
+def _rows_fit(plan: int, x: int, out: int) -> bool:
+    """Alltoallv: the same as `_fit`; the output may be missing, and have room for more."""
+    dtype, array_type = load_i64(plan + PL_DTYPE), load_i64(plan + PL_ARRAY_TYPE)
+    if not is_plain(x, array_type, dtype, False):
+        return False
+    if out == 0:
+        return True
+    if not is_plain(out, array_type, dtype, True) or not same_rows(x, out):
+        return False
+    row_bytes = load_i64(plan + PL_ITEM_BYTES)
+    x_data, out_data = data_of(x), data_of(out)
+    return x_data >= out_data + first_dim(out) * row_bytes or out_data >= x_data + first_dim(x) * row_bytes
 
 
 @device
@@ -126,10 +141,11 @@ def _is_exposed(state: int, plan: int, x: int) -> bool:
 
 @device
 def _begin(state: int, plan: int, x: int, out: int, check: int) -> bool:
-    if check != 0 and not _fit(state, plan, x, out):
+    ragged = load_i64(plan + PL_BYTES) < 0
+    if check != 0 and not (_rows_fit(plan, x, out) if ragged else _fit(state, plan, x, out)):
         return False
     store_i64(state + CS_LARGEST, 0)
-    if load_i64(plan + PL_BYTES) < 0 and not _plan_rows(state, plan, first_dim(x)):
+    if ragged and not _plan_rows(state, plan, first_dim(x)):
         return False
     store_i64(state + CS_PLAN, plan)
     store_i64(state + CS_INDEX, 0)

@@ -72,6 +72,18 @@ def first_dim(array: int) -> int:
 
 
 @device
+def same_rows(array: int, other: int) -> bool:
+    """Have two arrays the same shape but for their first dimension?"""
+    n = load_i32(array + _NDIM)
+    if n == 0 or load_i32(other + _NDIM) != n:
+        return False
+    for i in range(1, n):
+        if load_i64(load_i64(array + _DIMS) + 8 * i) != load_i64(load_i64(other + _DIMS) + 8 * i):
+            return False
+    return True
+
+
+@device
 def is_plain(array: int, array_type: int, descr: int, written: bool) -> bool:
     """Is it of that very type and dtype object, C-contiguous, and writeable if it is to be written?
 

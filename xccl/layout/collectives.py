@@ -101,6 +101,7 @@ CS_CHUNK = COLLECTIVE_STATE.add("chunk_bytes", 8, "bytes of a part that go in on
 CS_LARGEST = COLLECTIVE_STATE.add("largest", 8, "alltoallv: size of the largest part that this rank sends")
 CS_EXPOSED = COLLECTIVE_STATE.add("exposed", 8, "1 if the others read the input of this rank where it lies")
 CS_CLOSES = COLLECTIVE_STATE.add("closes", 8, "1 if the last step moves nothing: it says that the inputs were read")
+CS_CAME = COLLECTIVE_STATE.add("came", 8, "alltoallv: rows that came from all ranks together")
 CS_TAKES = COLLECTIVE_STATE.add("takes", 8, "alltoallv: 1 if what comes is what was expected, and has room")
 CS_METER = COLLECTIVE_STATE.add("meter", 8, "address of [kinds][ranks][2] int64: units and bytes moved; 0 for none")
 
