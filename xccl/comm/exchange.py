@@ -13,12 +13,16 @@ from ..errors import CapacityError, FabricError, UsageError
 from ..kernels import collectives as kernels, words
 from ..kernels.wait import MISMATCH, OK
 from ..layout import collectives as layout
-from ..layout.collectives import RECORD_BYTES, block_bytes
+from ..layout.collectives import RECORD_BYTES, TABLE_COLUMNS, block_bytes
 from ..layout.segment import AGREE_MAX_VALUES
 from ..protocol.collectives import Kind, counts_arrivals, stage_bytes
+from .buffers import address_of
 from .core import PROGRESS_SLICE_NS, SLICE_NS, Core, Waiting
+from .known import KnownCalls
 from .plans import Plan, disagreement, make_plan, make_refusal, make_rows_plan
 from .symmetric import SymmetricAllocator, give_back
+
+Array = npt.NDArray[Any]
 
 #: Plans that are kept for calls with the same arguments.
 _MAX_PLANS: Final = 4096
@@ -37,8 +41,9 @@ class Exchange:
         address: of the state as kernels know it.
         blocks: see above.
         broken: why no collective is possible any more.
-        ready: plans, by any key, of calls that can be made at once. It is emptied when anything is to be done before a
-            call, so that the usual call needs to look at nothing else.
+        known: calls that can be made at once. It is emptied when anything is to be done before a call, so that the
+            usual call needs to look at nothing else.
+        table: alltoallv: [columns, ranks], see `layout.collectives`.
     """
 
     def __init__(
@@ -51,7 +56,6 @@ class Exchange:
         self.core = core
         self.blocks = blocks
         self.broken: str | None = None
-        self.ready: dict[Any, Plan] = {}
         self._heap = heap
         self._commit = commit
         self._stage: int | None = None
@@ -61,7 +65,9 @@ class Exchange:
         #: What this rank has said without waiting for the others.
         self._owed: Plan | None = None
         self._plans: dict[Any, Plan] = {}
+        self._by_address: dict[int, Plan] = {}
         self._rows = np.zeros(core.size, np.int64)
+        self.table = np.zeros((TABLE_COLUMNS, core.size), np.int64)
         self._said = np.zeros(AGREE_MAX_VALUES, np.int64)
         self._heard = np.zeros((core.size, AGREE_MAX_VALUES), np.int64)
         self.state = np.zeros(layout.COLLECTIVE_STATE.size_bytes // 8, np.int64)
@@ -72,12 +78,14 @@ class Exchange:
             layout.CS_SEGMENTS: core.segments_address,
             layout.CS_BLOCKS: blocks.ctypes.data,
             layout.CS_ROWS: self._rows.ctypes.data,
+            layout.CS_TABLE: self.table.ctypes.data,
             layout.CS_SEGMENT_BYTES: core.fabric.segment_bytes,
             layout.CS_RANK: core.rank,
             layout.CS_RANKS: core.size,
             layout.CS_COUNTS: int(counts_arrivals(core.size)),
         }.items():
             self.state[offset // 8] = value
+        self.known = KnownCalls(core.calls, self.address)
 
     @classmethod
     def of_session(cls, core: Core, heap: SymmetricAllocator, metadata: SymmetricAllocator) -> Self:
@@ -132,18 +140,19 @@ class Exchange:
                 )  # fmt: skip
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
-                self.ready.clear()
+                self._by_address.clear()
+                self.known.clear()
             plan = self._plans[key] = make()
+            self._by_address[plan.address] = plan
         return plan
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
-    def prepare(self, plan: Plan, key: Any = None) -> None:
+    def prepare(self, plan: Plan) -> None:
         """Do what must be done before a call: the end of the last one, and a staging area.
 
         Args:
             plan: the call.
-            key: by which the plan is `ready` from now on.
 
         Raises:
             CapacityError: there is no room; the other ranks hear of it.
@@ -158,16 +167,14 @@ class Exchange:
                 self._grow(plan.half_bytes)
             except CapacityError as error:
                 self.refuse(error)
-        if key is not None and core.trace is None:
-            self.ready[key] = plan
 
-    def run(self, plan: Plan, x: int, out: int, timeout_s: float | None = None) -> int:
+    def run(self, plan: Plan, x: Array | None, out: Array | None, timeout_s: float | None = None) -> int:
         """Make a call that was prepared, to its end or until sizes are known.
 
         Args:
             plan: the call.
-            x: address of the array object of the input; 0 for none.
-            out: that of the output.
+            x: the input.
+            out: the output.
             timeout_s: deadline in seconds; the communicator's default if None.
 
         Returns:
@@ -179,12 +186,15 @@ class Exchange:
             WaitTimeout, PeerDied, SessionAborted: see `xccl.errors`.
         """
         slice_ns = SLICE_NS if self.core.progress is None else PROGRESS_SLICE_NS
-        status = int(kernels.collective.call(self.address, plan.address, x, out, 0, -slice_ns))
+        status = int(kernels.collective.call(self.address, plan.address, *_places(x), *_places(out), -slice_ns))
         return status if status == OK else self.finish(plan, status, x, out, timeout_s)
 
-    def finish(self, plan: Plan, status: int, x: int, out: int, timeout_s: float | None) -> int:
+    def finish(
+        self, plan: Plan, status: int, x: Array | None, out: Array | None, timeout_s: float | None = None
+    ) -> int:
         """Go on with a call whose kernel has returned another status than OK; otherwise as `run`."""
         core = self.core
+        args = self.address, plan.address, *_places(x), *_places(out)
         timeout_s = core.op_timeout_s if timeout_s is None else timeout_s
         try:
             if status == kernels.BUSY:
@@ -192,7 +202,7 @@ class Exchange:
             if status < 0 and status != MISMATCH:
                 status = core.finish(
                     status,
-                    lambda until_ns: int(kernels.collective.call(self.address, plan.address, x, out, 0, until_ns)),
+                    lambda until_ns: int(kernels.collective.call(*args, until_ns)),
                     lambda: self._waiting(plan.name),
                     timeout_s,
                     time.monotonic_ns() + int(timeout_s * 1e9),
@@ -207,6 +217,10 @@ class Exchange:
     def rows_that_came(self) -> int:
         """Alltoallv: rows of the last call, of all ranks together."""
         return int(self.state[layout.CS_CAME // 8])
+
+    def under_way(self) -> Plan:
+        """The plan of the call that a direct call has begun."""
+        return self._by_address[int(self.state[layout.CS_PLAN // 8])]
 
     def tell_all(self, call: str, values: list[int]) -> npt.NDArray[np.int64]:
         """Tell all ranks at most AGREE_MAX_VALUES words.
@@ -226,7 +240,7 @@ class Exchange:
         plan = self.plan("agreement", self._said.nbytes, self._said.dtype)
         plan.name = call
         self.prepare(plan)
-        self.run(plan, id(self._said), id(self._heard))
+        self.run(plan, self._said, self._heard)
         return self._heard[:, : len(values)].copy()
 
     def refuse(self, error: UsageError | CapacityError) -> NoReturn:
@@ -234,7 +248,7 @@ class Exchange:
         if self.broken is None and not self.core.closed:
             self._settle()
             self._owed = make_refusal(self.core.size, error)
-            self.ready.clear()
+            self.known.clear()
             kernels.refuse.call(self.address, self._owed.address)
         raise error
 
@@ -249,7 +263,7 @@ class Exchange:
         owed = self._owed
         if owed is not None:
             try:
-                self.run(owed, 0, 0)
+                self.run(owed, None, None)
             except (UsageError, CapacityError):
                 pass  # this rank has said so itself
             self._owed = None
@@ -266,7 +280,7 @@ class Exchange:
 
     def _break(self, reason: str) -> None:
         self.broken = reason
-        self.ready.clear()
+        self.known.clear()
 
     def free(self) -> None:
         """Give the staging area back. No rank reads it any more."""
@@ -303,3 +317,10 @@ class Exchange:
                 record = self._record(peer)
                 said[peer] = int(words.load(record + layout.CR_SIGNATURE)), int(words.load(record + layout.CR_BYTES))
         return said
+
+
+def _places(array: Array | None) -> tuple[int, int]:
+    """Address and rows of an array, as kernels take them."""
+    if array is None:
+        return 0, -1
+    return address_of(array), len(array) if array.ndim else 0
