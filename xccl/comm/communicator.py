@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import UsageError
+from ..errors import CapacityError, UsageError
 from ..fabric import Fabric
 from ..kernels.wait import OK
 from ..layout.collectives import CB_BARRIER_ARRIVALS, CB_BARRIER_RELEASE
@@ -55,9 +55,14 @@ class Communicator(SendReceive, Collectives, Grouping):
         self._parts = None
         core = Core(fabric, op_timeout_s)
         # Allocated before all else, so that these are at the same offset in all segments.
-        exchange = Exchange.of_session(core, self.heap_allocator, self.metadata_allocator)
+        try:
+            exchange = Exchange.of_session(core, self.heap_allocator, self.metadata_allocator)
+        except CapacityError as error:
+            core.fail(error)
+            fabric.close()
+            raise
         self.invitations = Invitations(core, self.metadata_allocator)
-        core.exchange = exchange.tell_all
+        core.exchange, core.refuse_exchange = exchange.tell_all, exchange.refuse
         self.world_ranks = tuple(range(fabric.ranks))
         arrivals = int(fabric.controls[0]) + CTL_BARRIER_ARRIVALS
         self._begin(core, exchange, PointToPoint(core), arrivals, fabric.controls + CTL_BARRIER_RELEASE)

@@ -13,8 +13,7 @@ from ..errors import CapacityError, FabricError, UsageError
 from ..kernels import collectives as kernels, words
 from ..kernels.wait import MISMATCH, OK
 from ..layout import collectives as layout
-from ..layout.collectives import RECORD_BYTES, TABLE_COLUMNS, block_bytes
-from ..layout.segment import AGREE_MAX_VALUES
+from ..layout.collectives import AGREE_MAX_VALUES, RECORD_BYTES, TABLE_COLUMNS, block_bytes
 from ..protocol.collectives import Kind, counts_arrivals, stage_bytes
 from .buffers import address_of
 from .core import PROGRESS_SLICE_NS, SLICE_NS, Core, Waiting
@@ -35,7 +34,6 @@ class Exchange:
         core: waits of this rank.
         heap: where the staging area is allocated, when it is first needed; each rank does so by itself.
         blocks: int64 [ranks], addresses of the communicator's blocks.
-        commit: backs with memory the blocks that this rank writes to; called before the first call.
 
     Attributes:
         address: of the state as kernels know it.
@@ -51,13 +49,11 @@ class Exchange:
         core: Core,
         heap: SymmetricAllocator,
         blocks: npt.NDArray[np.int64],
-        commit: Callable[[], None] | None = None,
     ) -> None:
         self.core = core
         self.blocks = blocks
         self.broken: str | None = None
         self._heap = heap
-        self._commit = commit
         self._stage: int | None = None
         #: Bytes of each half of the staging area that are backed by memory.
         self._committed = 0
@@ -67,9 +63,8 @@ class Exchange:
         self._plans: dict[Any, Plan] = {}
         self._by_address: dict[int, Plan] = {}
         self._rows = np.zeros(core.size, np.int64)
-        self.table = np.zeros((TABLE_COLUMNS, core.size), np.int64)
+        self.table = np.zeros((TABLE_COLUMNS, 0), np.int64)
         self._said = np.zeros(AGREE_MAX_VALUES, np.int64)
-        self._heard = np.zeros((core.size, AGREE_MAX_VALUES), np.int64)
         self.state = np.zeros(layout.COLLECTIVE_STATE.size_bytes // 8, np.int64)
         self.address: int = self.state.ctypes.data
         for offset, value in {
@@ -78,7 +73,6 @@ class Exchange:
             layout.CS_SEGMENTS: core.segments_address,
             layout.CS_BLOCKS: blocks.ctypes.data,
             layout.CS_ROWS: self._rows.ctypes.data,
-            layout.CS_TABLE: self.table.ctypes.data,
             layout.CS_SEGMENT_BYTES: core.fabric.segment_bytes,
             layout.CS_RANK: core.rank,
             layout.CS_RANKS: core.size,
@@ -92,13 +86,10 @@ class Exchange:
         """That of the session's communicator; its blocks are at the same offset in all segments."""
         fabric, size, n_bytes = core.fabric, core.size, block_bytes(core.size)
         offset = metadata.alloc(n_bytes)
-
-        def commit() -> None:
-            # Where arrivals are counted, a rank writes to its own block and to that of rank 0 alone.
-            for peer in {0, core.rank} if counts_arrivals(size) else range(size):
-                fabric.commit(peer, offset, n_bytes)
-
-        return cls(core, heap, fabric.segments + offset, commit)
+        # Where arrivals are counted, a rank writes to its own block and to that of rank 0 alone.
+        for peer in {0, core.rank} if counts_arrivals(size) else range(size):
+            fabric.commit(peer, offset, n_bytes)
+        return cls(core, heap, fabric.segments + offset)
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
@@ -117,7 +108,7 @@ class Exchange:
             arguments = n_bytes, dtype, operator, root, algorithm
             return make_plan(kind, core.rank, core.size, *arguments, self._half_bytes)
 
-        return self._kept((kind, n_bytes, dtype, operator, root, algorithm), make)
+        return self._kept(kind, (kind, n_bytes, dtype, operator, root, algorithm), make)
 
     def plan_rows(self, dtype: np.dtype[Any], row_bytes: int) -> Plan:
         """The plan for alltoallv of such rows.
@@ -125,15 +116,19 @@ class Exchange:
         Raises:
             CapacityError: the managed data area is too small for a staging area.
         """
+        size = self.core.size
+        if not self.table.size:
+            self.table = np.zeros((TABLE_COLUMNS, size), np.int64)
+            self.state[layout.CS_TABLE // 8] = self.table.ctypes.data
         return self._kept(
-            (dtype, row_bytes), lambda: make_rows_plan(self.core.size, dtype, row_bytes, self._half_bytes)
+            "alltoallv", (dtype, row_bytes), lambda: make_rows_plan(size, dtype, row_bytes, self._half_bytes)
         )
 
-    def _kept(self, key: Any, make: Callable[[], Plan]) -> Plan:
+    def _kept(self, kind: Kind, key: Any, make: Callable[[], Plan]) -> Plan:
         plan = self._plans.get(key)
         if plan is None:
             size, heap_bytes = self.core.size, self.core.fabric.geometry.heap_bytes
-            if self._half_bytes < 128 * size:
+            if kind != "agreement" and self._half_bytes < 128 * size:
                 raise CapacityError(
                     f"heap_bytes is {heap_bytes}: too little for the staging area of {size} ranks",
                     needed_bytes=512 * size, available_bytes=heap_bytes,
@@ -240,8 +235,12 @@ class Exchange:
         plan = self.plan("agreement", self._said.nbytes, self._said.dtype)
         plan.name = call
         self.prepare(plan)
-        self.run(plan, self._said, self._heard)
-        return self._heard[:, : len(values)].copy()
+        # It has no output: with n ranks as threads, all words of all of them would be n * n.
+        self.run(plan, self._said, None)
+        heard = np.empty((self.core.size, len(values)), np.int64)
+        heard[self.core.rank] = values
+        kernels.read_said.call(self.address, heard.ctypes.data, 8 * len(values))
+        return heard
 
     def refuse(self, error: UsageError | CapacityError) -> NoReturn:
         """Raise `error` at once, and let the call of the other ranks fail instead of waiting for this one."""
@@ -253,13 +252,7 @@ class Exchange:
         raise error
 
     def _settle(self) -> None:
-        """Back the blocks with memory, and wait for the others' part of a step that this rank has refused.
-
-        So a rank is never two steps ahead of another.
-        """
-        if self._commit is not None:
-            self._commit()
-            self._commit = None
+        """Wait for the others' part of a step that this rank has refused: it is never two steps ahead of another."""
         owed = self._owed
         if owed is not None:
             try:

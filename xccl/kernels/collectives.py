@@ -8,6 +8,7 @@ a call that returns SLICE or PENDING is simply made again.
 from __future__ import annotations
 
 from ..layout.collectives import (
+    CR_PAYLOAD,
     CS_CHUNK,
     CS_CLOSES,
     CS_CURSOR,
@@ -52,7 +53,8 @@ from .collective_data import (
     take_own,
     take_parts,
 )
-from .collective_records import all_agree, await_all, meter, say, segment_of, table_at
+from .collective_records import all_agree, await_all, meter, record_of, say, segment_of, table_at
+from .copy import copy_bytes
 from .fold import fold_rows
 from .wait import MISMATCH, OK
 
@@ -153,7 +155,7 @@ def collective(state: int, plan: int, x: int, x_rows: int, out: int, out_rows: i
         plan: address of the call's plan.
         x: address of the input; anything if there is none.
         x_rows: alltoallv: rows of the input.
-        out: address of the output; anything if there is none.
+        out: address of the output; 0 if there is none.
         out_rows: alltoallv: rows that the output has room for; below 0 if it is to be made when sizes are known.
         until_ns: when to return at the latest; below 0: so many ns from the first wait on; 0: do not wait.
 
@@ -195,7 +197,7 @@ def collective(state: int, plan: int, x: int, x_rows: int, out: int, out_rows: i
         elif not _is_closing(state):
             if fold >= 0:
                 size = part_operands(state, plan, x, out, step)
-            elif load_i64(state + CS_TAKES) != 0:
+            elif load_i64(state + CS_TAKES) != 0 and out != 0:
                 if index == 0:
                     take_own(state, plan, x, out)
                 take_parts(state, plan, out, step)
@@ -218,3 +220,18 @@ def refuse(state: int, plan: int) -> None:
     _begin(state, plan, 0, 0)
     _publish(state, plan, 0)
     store_i64(state + CS_PHASE, AWAIT)
+
+
+@kernel("void(int64, int64, int64)")
+def read_said(state: int, out: int, n_bytes: int) -> None:
+    """The first `n_bytes` of what the others said inside of their records in the last step; before the next call.
+
+    Args:
+        state: address of the communicator's state.
+        out: address of [ranks, n_bytes]; the own row stays as it is.
+        n_bytes: at most INLINE_BYTES.
+    """
+    step = load_i64(state + CS_STEP)
+    for peer in range(load_i64(state + CS_RANKS)):
+        if peer != load_i64(state + CS_RANK):
+            copy_bytes(out + peer * n_bytes, record_of(state, peer, step) + CR_PAYLOAD, n_bytes)

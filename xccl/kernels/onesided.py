@@ -8,7 +8,7 @@ the last rank to arrive, whoever it is, releases all, so that every rank waits o
 from __future__ import annotations
 
 from ..layout.calls import BA_ARRIVALS, BA_ARRIVED, BA_EPOCH, BA_RELEASED, BA_RELEASES
-from ..layout.segment import AGREE_EPOCH, AGREE_VALUES, CONTROL_OFFSET, CTL_DOORBELL, CTL_WAITERS
+from ..layout.segment import CTL_DOORBELL, CTL_WAITERS
 from ._jit import device, kernel
 from .atomics import fence_seq_cst, fetch_add, load_acquire, load_i64, store_i64, store_release
 from .copy import copy_bytes_auto
@@ -150,24 +150,3 @@ def barrier(state: int, ranks: int, controls: int, control: int, own: int, epoch
     if status == OK:
         store_i64(state + BA_EPOCH, epoch)
     return status
-
-
-@kernel("void(int64, int64, int64, int64, int64, int64)")
-def agree(segments: int, ranks: int, offset: int, values: int, n: int, epoch: int) -> None:
-    """Write this rank's part of agreement number `epoch` into every segment.
-
-    Args:
-        segments: address of [ranks] int64, the segments of all ranks.
-        ranks: number of ranks.
-        offset: of this rank's record for this epoch, in every segment.
-        values: address of [n] int64.
-        n: number of values.
-        epoch: number of the agreement.
-    """
-    for r in range(ranks):
-        segment = load_i64(segments + 8 * r)
-        for i in range(n):
-            store_i64(segment + offset + AGREE_VALUES + 8 * i, load_i64(values + 8 * i))
-        # SYNC POINT agreement: released after the values; `wait_all` on the epochs acquires it.
-        store_release(segment + offset + AGREE_EPOCH, epoch)
-        ring(segment + CONTROL_OFFSET)

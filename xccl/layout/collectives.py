@@ -45,6 +45,9 @@ CR_PAYLOAD: Final = CR_AT
 #: Parts of up to this size travel in the records.
 INLINE_BYTES: Final = RECORD_BYTES - CR_PAYLOAD
 
+#: Words that a rank can say in an agreement: they travel in the record.
+AGREE_MAX_VALUES: Final = INLINE_BYTES // 8
+
 COMMUNICATOR_BLOCK = Record("communicator block", "Start of a rank's block of one communicator.")
 CB_ARRIVALS = COMMUNICATOR_BLOCK.add(
     "arrivals", 8, "arrivals of all ranks at steps, counted at rank 0 (SYNC POINT collective-arrival)"
