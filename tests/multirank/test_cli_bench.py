@@ -92,6 +92,20 @@ def test_routings(routing: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("rows", ["expanded", "dedup"])
+@pytest.mark.parametrize("protocol", ["pull", "push"])
+def test_moe_of_experts_that_ranks_do_not_divide(protocol: str, rows: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    options = ["--ranks", "3", "--protocol", protocol, "--rows", rows, "--json", str(path)]
+    done = run("bench", "moe", *options, *SMALL_MOE)  # 8 experts
+    assert (done.returncode, done.stderr) == (0, "")
+    for result in results_of(path):
+        assert (result["wrong"], result["protocol"], result["rows"]) == (0, protocol, rows)
+    # 5 tokens have 15 choices, of which a deduplicated row may stand for several.
+    sent = results_of(path)[0]["bytes"] / (48 + 4)
+    assert 5 <= sent < 15 if rows == "dedup" else sent == 15
+
+
 @pytest.mark.parametrize("op", ["dispatch", "combine"])
 def test_one_half_alone_over_several_batches(op: str, tmp_path: Path) -> None:
     path = tmp_path / "results.csv"

@@ -102,12 +102,12 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_options(monkeypatch: pytest.MonkeyPatch) -> None:
     line = (
         "dispatch --ranks 4 --fabric local -b 16 -e 1M -f 4 -n 7 -w 0 --tokens 8,16 --hidden 64 --experts 32 --topk 2 "
-        "--dtype fp16 --quant none --protocol pull --routing zipf:1.2 --seed 5 --lanes 3 --mode ring --engine dma "
+        "--dtype fp16 --quant none --protocol push --rows dedup --routing zipf:1.2 --seed 5 --lanes 3 --mode ring --engine dma "
         "--no-check --timeout 9 --back-to-back"
     )
     assert parsed(monkeypatch, *line.split()) == BenchOptions(
-        "dispatch", 4, "local", 16, 2**20, 4, 7, 0, (8, 16), 64, 32, 2, "fp16", "none", "pull", "zipf:1.2", 5, 3, "ring",
-        "dma", False, 9.0, True,
+        "dispatch", 4, "local", 16, 2**20, 4, 7, 0, (8, 16), 64, 32, 2, "fp16", "none", "push", "dedup", "zipf:1.2", 5, 3,
+        "ring", "dma", False, 9.0, True,
     )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_all_options(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_ranks_of_a_deployment(monkeypatch: pytest.MonkeyPatch, words: str, ranks: int, experts: int) -> None:
-    options = parsed(monkeypatch, "e2a", "--topk", "2", *words.split())
+    options = parsed(monkeypatch, "e2a", "--topk", "2", "--no-memory-check", *words.split())
     assert (options.ranks, options.experts) == (ranks, experts)
     assert options.deployment is not None
     assert options.batches == options.deployment.attention_dies
@@ -150,7 +150,8 @@ def test_all_options_of_a_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("bench put --fabric mpi", "invalid choice: 'mpi'"),
         ("bench put --timeout 0", "0 must be a number of seconds above 0"),
         ("bench put --frobnicate", "unrecognized arguments: --frobnicate"),
-        ("bench moe --experts 30", "--experts is 30: not a multiple of --ranks (8)"),
+        ("bench moe --rows some", "invalid choice: 'some'"),
+        ("bench moe --protocol shove", "invalid choice: 'shove'"),
         ("bench moe --experts 8 --topk 9", "--topk is 9: more than --experts (8)"),
         ("bench a2e --ranks 4", "--ranks is 4: 4 attention dies leave none for experts"),
         ("bench a2e --ranks 7 --experts 8", "--experts is 8: not a multiple of the 3 expert dies"),

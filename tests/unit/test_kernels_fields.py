@@ -6,7 +6,6 @@ import threading
 import time
 
 import numpy as np
-import pytest
 
 import xccl
 from tests.multirank.support import launch
@@ -15,7 +14,7 @@ from xccl.kernels import fields, words
 from xccl.kernels.wait import OK, PENDING
 from xccl.layout.a2e import PEER_BYTES
 from xccl.layout.moe import EXF_EVENT, EXF_PULLED, EXPERT_FIELD_BYTES
-from xccl.layout.segment import CTL_AWAITED, CTL_DOORBELL, CTL_WAITERS
+from xccl.layout.segment import CTL_DOORBELL, CTL_WAITERS
 
 
 def table(comm: xccl.Communicator, at: int) -> Peers:
@@ -43,8 +42,7 @@ def test_a_rank_has_no_field_with_itself() -> None:
     launch(main, 4, "local")
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_every_order_of_writers_ends_the_wait(fabric: str, alone: bool) -> None:
+def test_every_order_of_writers_ends_the_wait(fabric: str) -> None:
     """Writers come in all kinds of orders and at all kinds of moments, asleep or not; each must be noticed at once."""
     rounds, writers = 120, 4
 
@@ -54,14 +52,12 @@ def test_every_order_of_writers_ends_the_wait(fabric: str, alone: bool) -> None:
         comm.barrier()
         at = array.addresses[comm.rank] - int(comm.core.fabric.segments[comm.rank])
         peers, waiter = table(comm, at), FieldWaiter(comm.core)
-        waiter.alone = alone
         rng = np.random.default_rng(comm.rank)
         start = time.monotonic()
         for epoch in range(1, rounds + 1):
             if comm.rank == 0:
                 waiter.wait(peers, EXF_PULLED, epoch, "test")
                 assert words.load(comm.core.control + CTL_WAITERS) == 0
-                assert words.load(comm.core.control + CTL_AWAITED) == 0
                 fields.release.call(peers.address, len(peers), 0, epoch)
             else:
                 time.sleep(rng.choice([0.0, 0.0, 0.0002, 0.002]))
@@ -95,7 +91,7 @@ def test_another_word_does_not_wake_its_rank() -> None:
         def wait() -> None:
             until_ns = time.monotonic_ns() + 10_000_000_000
             statuses.append(
-                fields.wait_fields.call(control, 1, peers.ctypes.data, 2, EXF_PULLED, 1, cursor.ctypes.data, until_ns)
+                fields.wait_fields.call(control, peers.ctypes.data, 2, EXF_PULLED, 1, cursor.ctypes.data, until_ns)
             )
             done.set()
 
@@ -129,11 +125,9 @@ def test_a_wait_that_is_given_up_names_the_first_that_is_missing() -> None:
         comm.barrier()
         if comm.rank == 0:
             cursor = np.zeros(1, np.int64)
-            status = fields.wait_fields.call(
-                comm.core.control, 1, peers.address, 3, EXF_PULLED, 1, cursor.ctypes.data, 0
-            )
+            status = fields.wait_fields.call(comm.core.control, peers.address, 3, EXF_PULLED, 1, cursor.ctypes.data, 0)
             assert (status, cursor[0]) == (PENDING, 2)
-            assert words.load(comm.core.control + CTL_AWAITED) == 0
+            assert words.load(comm.core.control + CTL_WAITERS) == 0
         comm.barrier()
 
     launch(main, 3, "local")

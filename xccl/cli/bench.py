@@ -30,6 +30,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     from xccl.cli.bench_ops import BENCHMARKS
+    from xccl.cli.memory import available_bytes, require_memory
 
     if args.list:
         for name, benchmark in BENCHMARKS.items():
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     benchmark = BENCHMARKS[args.op]
     moe = benchmark.sweep == "tokens"
     options = bench_options(args, benchmark)
+    if args.memory_check:
+        require_memory(options, benchmark.sweep, available_bytes())
     return _run(args, options, rows_expected=len(benchmark.cases(options)) * len(benchmark.rows), moe=moe)
 
 

@@ -41,6 +41,12 @@ class Data:
         self._options = options
         self.pool = TokenPool(options.hidden, dtype_of(options), options.seed)
         self._ledgers: dict[tuple[int, int], Ledger] = {}
+        self._weights: dict[tuple[int, int], Array] = {}
+        #: The rank of each expert; the last element is for -1, no expert.
+        self.holders = np.full(options.experts + 1, -1)
+        for rank in range(options.ranks):
+            mine = reference.experts_of(rank, options.experts, options.ranks)
+            self.holders[mine.start : mine.stop] = rank
         self._lock = threading.Lock()
 
     def routing(self, rank: int, tokens: int, data_round: int) -> Array:
@@ -49,6 +55,20 @@ class Data:
         return make_routing(
             o.routing, tokens=tokens, experts=o.experts, topk=o.topk, seed=o.seed + data_round, rank=rank, ranks=o.ranks
         )
+
+    def weights(self, rank: int, tokens: int, data_round: int) -> Array:
+        """float32 [tokens, top_k]: the gate weights of `rank` in a round."""
+        rng = np.random.default_rng((self._options.seed, 2, rank, data_round))
+        return rng.random((tokens, self._options.topk), np.float32)
+
+    def all_weights(self, tokens: int, data_round: int) -> Array:
+        """float32 [ranks, tokens, top_k]."""
+        with self._lock:
+            key = (tokens, data_round)
+            if key not in self._weights:
+                ranks = range(self._options.ranks)
+                self._weights[key] = np.stack([self.weights(rank, tokens, data_round) for rank in ranks])
+            return self._weights[key]
 
     def ledger(self, tokens: int, data_round: int) -> Ledger:
         """What all ranks send in a round."""
@@ -72,7 +92,7 @@ class Moe(Operation):
         self.data = shared(Data, options)
         self.pool = self.data.pool
         self.factors = (1 + np.arange(options.experts) / options.experts).astype(np.float32)
-        self.local_experts = options.experts // comm.size
+        self.is_dedup = options.rows == "dedup"
         self._outputs = np.zeros((0, options.hidden), self.dtype)
         self.ep = ExpertParallel(
             comm,
@@ -83,46 +103,55 @@ class Moe(Operation):
             dtype=self.dtype,
             quant=options.quant,
             protocol=options.protocol,
+            rows=options.rows,
         )
 
     def parts(self, case: Case) -> Iterator[Part]:
         """The rows asked for, each with a dispatch of its own."""
         tokens = case.tokens or 0
         x, topk_idx, weights = self.inputs(tokens, TIMED)
-        sent = int(np.count_nonzero(topk_idx >= 0))
         hidden, itemsize = self.options.hidden, self.dtype.itemsize
         row_bytes = hidden + _SCALE_BYTES if self.quant == "int8" else hidden * itemsize
         # Which rows come from where is kept; what they are is of no further use, and of hundreds of ranks much.
-        d = _stripped(self.ep.dispatch(x, topk_idx))
-        received = len(d.source)
+        d = _stripped(self.dispatch(x, topk_idx, weights))
+        received, sent = len(d.source), d.routing.sent
         dispatch_bytes, combine_bytes = sent * row_bytes, received * hidden * itemsize
         expert_out = self.output_buffer(received)
 
         def round_trip() -> None:
-            self.ep.combine(expert_out, self.ep.dispatch(x, topk_idx), weights)
+            self.combine(expert_out, self.dispatch(x, topk_idx, weights), weights)
 
         def part(op: str, step: Callable[[], object], payload_bytes: int) -> Part:
             return Part(op, step, lambda: self.check(op, tokens), payload_bytes, received)
 
         if self.options.op in ("dispatch", "moe"):
-            yield part("dispatch", lambda: self.ep.dispatch(x, topk_idx), dispatch_bytes)
+            yield part("dispatch", lambda: self.dispatch(x, topk_idx, weights), dispatch_bytes)
         if self.options.op in ("combine", "moe"):
-            yield part("combine", lambda: self.ep.combine(expert_out, d, weights), combine_bytes)
+            yield part("combine", lambda: self.combine(expert_out, d, weights), combine_bytes)
         if self.options.op == "moe":
             yield part("moe", round_trip, dispatch_bytes + combine_bytes)
 
+    def dispatch(self, x: Array, topk_idx: Array, weights: Array) -> Dispatched:
+        """Deduplicated rows take the weights along."""
+        return self.ep.dispatch(x, topk_idx, topk_weights=weights if self.is_dedup else None)
+
+    def combine(self, rows: Array, d: Dispatched, weights: Array) -> Array:
+        """Deduplicated rows come back weighted."""
+        return self.ep.combine(rows, d, None if self.is_dedup else weights)
+
     def check(self, op: str, tokens: int) -> int:
         """A dispatch of fresh tokens, and a combine if the row has one, against the oracle."""
-        x, topk_idx, _ = self.inputs(tokens, TIMED)
-        stale = self.ep.dispatch(x, topk_idx)
+        stale = self.dispatch(*self.inputs(tokens, TIMED))
         clear(stale.tokens, stale.scales)
         del stale
         x, topk_idx, weights = self.inputs(tokens, CHECKED)
-        d = self.ep.dispatch(x, topk_idx)
+        d = self.dispatch(x, topk_idx, weights)
         wrong = self.wrong_rows(d, tokens) if op != "combine" else 0
         if op != "dispatch":
-            expert_out = self.expert_out(d)
-            y = self.ep.combine(expert_out, _stripped(d), weights)
+            returned = self.expert_out(d)
+            if self.is_dedup:
+                returned = self.ep.reduce_local(returned, d)
+            y = self.combine(returned, _stripped(d), weights)
             wrong += count_wrong(y, self.combined(x, topk_idx, weights))
         self.comm.barrier()
         return wrong
@@ -132,10 +161,8 @@ class Moe(Operation):
     def inputs(self, tokens: int, data_round: int) -> tuple[Array, Array, Array]:
         """Tokens, expert ids and gate weights of this rank in a round."""
         rank = self.comm.rank
-        weights = np.random.default_rng((self.options.seed, 2, rank, data_round)).random(
-            (tokens, self.options.topk), np.float32
-        )
-        return self.pool.tokens(rank, data_round, tokens), self.data.routing(rank, tokens, data_round), weights
+        routing, weights = self.data.routing(rank, tokens, data_round), self.data.weights(rank, tokens, data_round)
+        return self.pool.tokens(rank, data_round, tokens), routing, weights
 
     def output_buffer(self, rows: int) -> Array:
         """[rows, hidden], of any content: one buffer for all outputs of this rank's experts."""
@@ -144,15 +171,16 @@ class Moe(Operation):
         return self._outputs[:rows]
 
     def expert_out(self, d: Dispatched) -> Array:
-        """What the experts of this rank make of dispatched rows: [n, hidden] in dtype; block by block."""
-        out = self.output_buffer(len(d.tokens))
-        expert = self.comm.rank * self.local_experts + np.repeat(np.arange(self.local_experts), d.counts)
+        """What the experts of this rank make of rows, or of the entries of the index; in dtype, block by block."""
+        rows = np.arange(len(d.tokens)) if d.index is None else d.index["row"]
+        out = self.output_buffer(len(rows))
+        expert = self.ep.first_expert + np.repeat(np.arange(self.ep.local_experts), d.counts)
         at_once = oracle_rows(self.options.hidden)
         for start in range(0, len(out), at_once):
             block = slice(start, start + at_once)
-            values = d.tokens[block]
+            values = d.tokens[rows[block]]
             if d.scales is not None:
-                values = reference.dequantise(values, d.scales[block], self.dtype)
+                values = reference.dequantise(values, d.scales[rows[block]], self.dtype)
             out[block] = self.apply_experts(values, expert[block])
         return out
 
@@ -162,9 +190,15 @@ class Moe(Operation):
 
     def wrong_rows(self, d: Dispatched, tokens: int) -> int:
         """Wrong elements of a dispatch of the checked round."""
-        first = self.comm.rank * self.local_experts
+        first = self.ep.first_expert
         ledger = self.data.ledger(tokens, CHECKED)
-        return ledger.wrong_rows(range(first, first + self.local_experts), d, self.pool, is_int8=self.quant == "int8")
+        mine = range(first, first + self.ep.local_experts)
+        wrong = ledger.wrong_rows(mine, d, self.pool, is_int8=self.quant == "int8")
+        if d.index is not None:
+            weights = self.data.all_weights(tokens, CHECKED)
+            source = d.source[d.index["row"]]
+            wrong += count_wrong(d.weights, weights[source["rank"], source["token"], d.index["slot"]])
+        return wrong
 
     def combined(self, x: Array, topk_idx: Array, weights: Array) -> Array:
         """What a combine must give, from this rank's own tokens: the experts' work is known."""
@@ -174,5 +208,17 @@ class Moe(Operation):
             block = slice(start, start + _ORACLE_TOKENS)
             idx = topk_idx[block]
             rows = np.broadcast_to(values[block, None], (*idx.shape, self.options.hidden))
-            blocks.append(reference.weighted_sum(self.apply_experts(rows, idx), weights[block], idx))
+            outs = self.apply_experts(rows, idx)
+            sums = self.sum_by_rank if self.is_dedup else reference.weighted_sum
+            blocks.append(sums(outs, weights[block], idx))
         return np.concatenate(blocks)
+
+    def sum_by_rank(self, outs: Array, weights: Array, topk_idx: Array) -> Array:
+        """Sums of partial sums, one for each rank of a token's experts, in the order of its first slot."""
+        ranks = self.data.holders[topk_idx]
+        partials, firsts = np.zeros_like(outs), np.full(topk_idx.shape, -1)
+        for k in range(topk_idx.shape[1]):
+            same = ranks == ranks[:, k, None]
+            partials[:, k] = reference.weighted_sum(outs, weights, np.where(same, topk_idx, -1))
+            firsts[:, k] = np.where((topk_idx[:, k] >= 0) & ~same[:, :k].any(axis=1), 0, -1)
+        return reference.weighted_sum(partials, np.ones_like(weights), firsts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -54,23 +54,23 @@ def describe_step(
         return [onesided.barrier(ranks, releasing)]
     if options.deployment is not None:
         return [_apart(options, case.tokens, op, ranks)]
-    item_bytes = DTYPE_OF[CODE_BY_NAME[options.dtype]].itemsize
-    experts = whole_experts(options.experts, ranks)
+    # On other ranks than those that ran, as many experts more as make all ranks equal.
+    experts = options.experts if ranks == options.ranks else whole_experts(options.experts, ranks)
     choices = [_choices(options, case.tokens, rank, ranks, experts) for rank in range(ranks)]
     routing = RoutingCounts.from_topk(choices, experts)
+    common: dict[str, Any] = {
+        "hidden": options.hidden,
+        "item_bytes": DTYPE_OF[CODE_BY_NAME[options.dtype]].itemsize,
+        "rows": "dedup" if options.rows == "dedup" else "expanded",
+    }
+    protocol: Any = moe
     if options.protocol == "push":
+        protocol = moe_push
         # Dispatch after dispatch, or combine after combine, is out of turn; a round trip is not.
-        in_turn = op == "moe"
-        make: dict[str, Callable[[], Description]] = {
-            "dispatch": lambda: moe_push.dispatch(
-                routing, hidden=options.hidden, item_bytes=item_bytes, quant=_quant(options), in_turn=in_turn
-            ),
-            "combine": lambda: moe_push.combine(routing, hidden=options.hidden, item_bytes=item_bytes, in_turn=in_turn),
-        }
-        return [make[name]() for name in (("dispatch", "combine") if op == "moe" else (op,))]
-    make = {
-        "dispatch": lambda: moe.dispatch(routing, hidden=options.hidden, item_bytes=item_bytes, quant=_quant(options)),
-        "combine": lambda: moe.combine(routing, hidden=options.hidden, item_bytes=item_bytes),
+        common["in_turn"] = op == "moe"
+    make: dict[str, Callable[[], Description]] = {
+        "dispatch": lambda: protocol.dispatch(routing, quant=_quant(options), **common),
+        "combine": lambda: protocol.combine(routing, **common),
     }
     return [make[name]() for name in (("dispatch", "combine") if op == "moe" else (op,))]
 

@@ -61,15 +61,23 @@ class Ledger:
 
         Args:
             experts: of the rank.
-            batch: with tokens, scales, counts and source.
+            batch: with tokens, scales, counts and source, and an index if rows are deduplicated.
             pool: of the tokens.
             is_int8: tokens were quantised.
         """
         bounds = self.bounds[experts.start : experts.stop + 1]
         mine = slice(int(bounds[0]), int(bounds[-1]))
-        wrong = count_wrong(batch.counts, np.diff(bounds)) + count_wrong(batch.source, self.source[mine])
+        source, index = batch.source, getattr(batch, "index", None)
+        rows: Any = np.arange(len(source))
+        wrong = count_wrong(batch.counts, np.diff(bounds))
+        if index is not None:
+            origins = np.sort(self.source[mine], order=("rank", "token", "slot"))
+            wrong += count_wrong(source, origins[np.unique(origins[["rank", "token"]], return_index=True)[1]])
+            rows, source = index["row"], source[index["row"]]
+            source["slot"] = index["slot"]
+        wrong += count_wrong(source, self.source[mine])
         places = self.places[mine]
-        if len(batch.tokens) != len(places):
+        if len(rows) != len(places) or len(batch.tokens) != len(batch.source):
             return wrong + max(int(batch.tokens.size), 1)
         at_once = oracle_rows(batch.tokens.shape[1])
         for start in range(0, len(places), at_once):
@@ -78,6 +86,6 @@ class Ledger:
             scales = None
             if is_int8:
                 tokens, scales = reference.quantise(tokens)
-            wrong += count_wrong(batch.tokens[block], tokens)
-            wrong += count_wrong(None if batch.scales is None else batch.scales[block], scales)
+            wrong += count_wrong(batch.tokens[rows[block]], tokens)
+            wrong += count_wrong(None if batch.scales is None else batch.scales[rows[block]], scales)
         return wrong

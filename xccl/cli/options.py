@@ -60,6 +60,7 @@ class BenchOptions:
     dtype: str = "bf16"
     quant: str = "int8"
     protocol: str = "pull"
+    rows: str = "expanded"
     routing: str = "uniform"
     seed: int = 0
     lanes: int = 2
@@ -105,6 +106,9 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="list the operations and exit")
     add_work_options(parser)
     parser.add_argument("--back-to-back", action="store_true", help="no barrier between iterations; report their mean")
+    parser.add_argument(
+        "--no-memory-check", dest="memory_check", action="store_false", help="run even if memory seems not to suffice"
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write results; - prints them instead of the table")
     output.add_argument("--csv", metavar="FILE", help="write results")
@@ -154,6 +158,8 @@ def add_work_options(parser: argparse.ArgumentParser, iters_help: str = _ITERS_H
     moe(
         "--protocol", choices=("pull", "push"), default=default.protocol, help="of dispatch and combine (default: pull)"
     )
+    moe("--rows", choices=("expanded", "dedup"), default=default.rows,
+        help="a row for each expert of a token (default), or for each rank that has any")  # fmt: skip
     moe("--routing", metavar="SPEC", default=default.routing, help="uniform, zipf[:S], hot[:K], skew or file:PATH")
 
     add_deployment_options(parser)
@@ -220,8 +226,6 @@ def _check_experts(options: BenchOptions) -> None:
 
     if options.deployment is not None:
         check_deployment(options.deployment, ranks=options.ranks, experts=options.experts, topk=options.topk)
-    elif options.experts % options.ranks:
-        raise UsageError(f"--experts is {options.experts}: not a multiple of --ranks ({options.ranks})")
     if options.topk > options.experts:
         raise UsageError(f"--topk is {options.topk}: more than --experts ({options.experts})")
     routed = options.experts - (options.deployment.shared if options.deployment else 0)

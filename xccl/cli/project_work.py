@@ -94,8 +94,6 @@ def _routing(
             f"{tokens} tokens with {experts} experts are too many choices to draw; --routing even has no limit",
             value=tokens * experts, bound=_MOST_CHOICES,
         )  # fmt: skip
-    if (experts + shared) % destinations:
-        raise UsageError(f"--experts is {experts + shared}: not a multiple of {destinations} ranks", value=experts)
     choices = []
     for rank in range(sources):
         idx = make_routing(

@@ -77,9 +77,10 @@ def headlines(options: BenchOptions, version: str, *, moe: bool, projected: str 
     timing = "mean of a loop without barriers" if options.back_to_back else "slowest rank of each iteration"
     deployment = options.deployment
     protocol = options.protocol if deployment is None else deployment.text(options.ranks - deployment.attention_dies)
+    rows = "deduplicated rows, " if options.rows == "dedup" else ""
     shape = (
         f"hidden {options.hidden}, {options.experts} experts, top-{options.topk}, {options.dtype}, "
-        f"quant {options.quant}, {protocol}, routing {options.routing}"
+        f"quant {options.quant}, {protocol}, {rows}routing {options.routing}"
     )
     ranks, cores = _counted(options.ranks, "rank"), _counted(usable_cores(), "core")
     return [

@@ -51,6 +51,7 @@ class Row:
     experts: int | None
     topk: int | None
     protocol: str | None
+    rows: str | None
     quant: str | None
     routing: str | None
     iters: int
@@ -89,6 +90,7 @@ class Row:
             experts=options.experts if moe else None,
             topk=options.topk if moe else None,
             protocol=_protocol(options) if moe else None,
+            rows=options.rows if moe else None,
             quant=options.quant if moe else None,
             routing=options.routing if moe else None,
             iters=options.iterations(case),

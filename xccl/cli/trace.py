@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _RUN_TIMEOUT_S: Final = 24 * 3600.0
 #: Options that mean something to some operations only, or only where something runs.
 _SIZED: Final = ("min_bytes", "max_bytes", "factor")
-_EXPERTS: Final = ("tokens", "hidden", "experts", "topk", "quant", "protocol", "routing")
+_EXPERTS: Final = ("tokens", "hidden", "experts", "topk", "quant", "protocol", "rows", "routing")
 _APART: Final = tuple(Deployment.__dataclass_fields__)
 _RUNNING: Final = ("iters", "warmup", "fabric", "check", "timeout_s")
 

@@ -146,7 +146,7 @@ class _Run:
         ]
         waiters = (self._die.waiter_in, self._die.waiter_out)
         for waiter in waiters:
-            waiter.on_slice, waiter.alone = self._check, False
+            waiter.on_slice = self._check
         served = 0
 
         def compute() -> None:
@@ -163,7 +163,7 @@ class _Run:
             while stream.is_alive():  # a Ctrl-C while joining stops the streams, too, and they are joined then
                 self._guarded(stream.join)
         for waiter in waiters:
-            waiter.on_slice, waiter.alone = None, True
+            waiter.on_slice = None
         if self._first_error is not None:
             raise self._first_error
         return served

@@ -49,7 +49,6 @@ class FieldWaiter:
     """Waits of one stream of a rank. Each stream needs its own, since streams wait at the same time.
 
     Attributes:
-        alone: does no other thread of the rank wait meanwhile?
         on_slice: called whenever a wait comes back to Python, from time to time; may raise to end it.
     """
 
@@ -57,7 +56,6 @@ class FieldWaiter:
         self._core = core
         self._cursor = np.zeros(1, np.int64)
         self._cursor_address: int = self._cursor.ctypes.data
-        self.alone = True
         self.on_slice: Callable[[], None] | None = None
 
     def wait(self, peers: Peers, word: int, target: int, operation: str) -> None:
@@ -73,14 +71,12 @@ class FieldWaiter:
             WaitTimeout, PeerDied, SessionAborted: see `xccl.errors`.
         """
         self._cursor[0] = 0
-        call, count, alone = kernels.wait_fields.call, len(peers), int(self.alone)
+        call, count = kernels.wait_fields.call, len(peers)
 
         def step(until_ns: int) -> int:
             if self.on_slice is not None:
                 self.on_slice()
-            return int(
-                call(self._core.control, alone, peers.address, count, word, target, self._cursor_address, until_ns)
-            )
+            return int(call(self._core.control, peers.address, count, word, target, self._cursor_address, until_ns))
 
         def describe() -> Waiting:
             # Deadlines and errors name the first peer that has not come; the value is read for the message only.

@@ -52,11 +52,11 @@ from ..layout.collectives import (
     TB_SENT,
     TB_SENT_AT,
 )
-from ..layout.segment import CTL_DOORBELL, CTL_WAITERS
+from ..layout.segment import CTL_DOORBELL
 from ._jit import device
 from .atomics import fence_seq_cst, fetch_add, load_acquire, load_i64, store_i64, store_release
 from .copy import copy_bytes
-from .wait import OK, now_ns, relax, ring, settle, wake
+from .wait import OK, awaits, now_ns, relax_for, ring_for, settle, wake
 
 
 @device
@@ -174,8 +174,9 @@ def say(state: int, plan: int, x: int, step: int) -> None:
         _fill(state, plan, record_of(state, rank, step), rank, x, step)
         meter(state, METER_ARRIVAL, 0, 8)
         # SYNC POINT collective-arrival: counted after the record was written; rank 0 acquires the count.
-        if fetch_add(load_i64(blocks) + CB_ARRIVALS, 1) + 1 == ranks * step:
-            ring(load_i64(load_i64(state + CS_CONTROLS)))
+        word = load_i64(blocks) + CB_ARRIVALS
+        if fetch_add(word, 1) + 1 == ranks * step:
+            ring_for(load_i64(load_i64(state + CS_CONTROLS)), word)
         return
     mine = RECORDS_OFFSET + ((step & 1) * ranks + rank) * RECORD_BYTES
     peer = rank
@@ -183,19 +184,19 @@ def say(state: int, plan: int, x: int, step: int) -> None:
         peer = peer + 1 if peer + 1 < ranks else 0
         _fill(state, plan, load_i64(blocks + 8 * peer) + mine, peer, x, step)
         meter(state, METER_RECORD, peer, CR_PAYLOAD)
-    _wake_others(state)
+    _wake_others(state, mine + CR_STEP)
 
 
 @device
-def _wake_others(state: int) -> None:
-    """SYNC POINT doorbell for all others, with one fence."""
+def _wake_others(state: int, word: int) -> None:
+    """SYNC POINT doorbell for all others that wait for the word at this offset of their blocks, with one fence."""
     ranks, rank = load_i64(state + CS_RANKS), load_i64(state + CS_RANK)
-    controls = load_i64(state + CS_CONTROLS)
+    controls, blocks = load_i64(state + CS_CONTROLS), load_i64(state + CS_BLOCKS)
     fence_seq_cst()
     for peer in range(ranks):
         if peer != rank:
             control = load_i64(controls + 8 * peer)
-            if load_acquire(control + CTL_WAITERS) > 0:
+            if awaits(control, load_i64(blocks + 8 * peer) + word):
                 wake(control)
 
 
@@ -215,7 +216,7 @@ def _await_word(state: int, address: int, target: int, until_ns: int) -> int:
         seq = load_acquire(control + CTL_DOORBELL)
         if load_acquire(address) >= target:
             break
-        n = relax(control, n, seq, until_ns)
+        n = relax_for(control, n, seq, until_ns, address)
         if n < 0:
             return n
     settle(control, n)
@@ -247,7 +248,7 @@ def await_all(state: int, step: int, until_ns: int) -> int:
             for peer in range(1, ranks):
                 store_release(load_i64(blocks + 8 * peer) + CB_RELEASE, step)
                 meter(state, METER_RELEASE, peer, 8)
-            _wake_others(state)
+            _wake_others(state, CB_RELEASE)
     if status == OK:
         meter(state, METER_AWAIT, 0, 0, ranks if rank == 0 else 1)
     return status

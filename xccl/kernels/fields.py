@@ -6,12 +6,12 @@ and of the field that each writes here. An entry without addresses is the rank i
 
 from __future__ import annotations
 
-from ..layout.a2e import PEER_BYTES, PEER_CONTROL, PEER_MINE, PEER_SEGMENT, PEER_THEIRS
+from ..layout.a2e import PEER_BYTES, PEER_CONTROL, PEER_MINE, PEER_THEIRS
 from ..layout.moe import COUNT_BITS, COUNT_MASK, EPOCH_MASK, EXF_COUNT, EXF_EVENT, EXF_FIRST_ROW, EXF_PULLED
-from ..layout.segment import CONTROL_OFFSET, CTL_AWAITED, CTL_DOORBELL
+from ..layout.segment import CTL_DOORBELL
 from ._jit import device, kernel
 from .atomics import load_acquire, load_i64, store_i64, store_release
-from .wait import OK, relax, ring_for, settle
+from .wait import OK, relax_for, ring_for, settle
 
 
 @device
@@ -36,7 +36,7 @@ def announce(peer: int, event: int, first_row: int, count: int, epoch: int) -> N
     store_i64(field + EXF_COUNT, tagged(count, epoch))
     # SYNC POINT expert-field: released after the rows; the peer's `wait_fields` on `event` acquires it.
     store_release(field + EXF_EVENT, event)
-    ring_for(load_i64(peer + PEER_CONTROL), field + EXF_EVENT - load_i64(peer + PEER_SEGMENT))
+    ring_for(load_i64(peer + PEER_CONTROL), field + EXF_EVENT)
 
 
 @kernel("void(int64, int64, int64, int64)")
@@ -50,7 +50,7 @@ def release(peers: int, count: int, start: int, epoch: int) -> None:
         # SYNC POINT expert-pulled: released after the reads; the peer's `wait_fields` on `pulled` acquires it before it
         # writes.
         store_release(field + EXF_PULLED, epoch)
-        ring_for(load_i64(peer + PEER_CONTROL), field + EXF_PULLED - load_i64(peer + PEER_SEGMENT))
+        ring_for(load_i64(peer + PEER_CONTROL), field + EXF_PULLED)
 
 
 @device
@@ -61,33 +61,26 @@ def _wait_word(control: int, address: int, target: int, until_ns: int) -> int:
         if load_acquire(address) >= target:
             settle(control, n)
             return OK
-        n = relax(control, n, seq, until_ns)
+        n = relax_for(control, n, seq, until_ns, address)
         if n < 0:
             return n
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64)")
-def wait_fields(
-    control: int, alone: int, peers: int, count: int, word: int, target: int, cursor: int, until_ns: int
-) -> int:
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
+def wait_fields(control: int, peers: int, count: int, word: int, target: int, cursor: int, until_ns: int) -> int:
     """Wait until the word at offset `word` in the field of each peer is at least `target`.
 
     The int64 at address `cursor` holds the index of the first peer that was not seen to be so: 0 at first, where the
-    next call goes on, and on time-out the one to name. `alone` is 1 if no other thread of the rank waits meanwhile:
-    then it is woken by the word that it looks at and by no other peer's.
+    next call goes on, and on time-out the one to name.
     """
     status = OK
     i = load_i64(cursor)
     while status == OK and i < count:
         field = load_i64(peers + PEER_BYTES * i + PEER_THEIRS)
         if field != 0 and load_acquire(field + word) < target:
-            if alone != 0:
-                store_release(control + CTL_AWAITED, field + word - (control - CONTROL_OFFSET))
             status = _wait_word(control, field + word, target, until_ns)
         if status == OK:
             i += 1
-    if alone != 0:
-        store_release(control + CTL_AWAITED, 0)
     store_i64(cursor, i)
     return status
 

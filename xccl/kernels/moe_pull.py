@@ -55,7 +55,7 @@ from .copy import copy_bytes, copy_bytes_auto
 from .moe import ROW_BITS, ROW_MASK, first_expert, first_row_of, lay_out, local_experts, rows_from, segment
 from .quantise import quantise_row
 from .reduce import weighted_sum_rows
-from .wait import OK, ring
+from .wait import OK, ring_for
 
 
 @device
@@ -171,7 +171,7 @@ def _announce(state: int, fields: int, peer: int, event: int, first_row: int, co
     store_i64(field + EXF_COUNT, _tagged(count, epoch))
     # SYNC POINT expert-field: released after the rows; the peer's `wait_all` on `event` acquires it.
     store_release(field + EXF_EVENT, event)
-    ring(segment(state, peer) + CONTROL_OFFSET)
+    ring_for(segment(state, peer) + CONTROL_OFFSET, field + EXF_EVENT)
 
 
 @kernel("void(int64, int64, int64)")
@@ -321,8 +321,9 @@ def release(state: int, fields: int, epoch: int) -> None:
         peer = (load_i64(state + EP_RANK) + i) % ranks
         # SYNC POINT expert-pulled: released after the reads; the peer's `wait_all` on `pulled` acquires it before it
         # writes.
-        store_release(_field_at(state, fields, peer) + EXF_PULLED, epoch)
-        ring(segment(state, peer) + CONTROL_OFFSET)
+        word = _field_at(state, fields, peer) + EXF_PULLED
+        store_release(word, epoch)
+        ring_for(segment(state, peer) + CONTROL_OFFSET, word)
 
 
 @kernel("void(int64, int64, int64)")

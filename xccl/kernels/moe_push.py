@@ -85,7 +85,7 @@ from .copy import copy_bytes
 from .moe import ROW_BITS, ROW_MASK, first_expert, first_row_of, lay_out, local_experts, rows_from, segment
 from .quantise import quantise_row
 from .reduce import weighted_sum_rows
-from .wait import OK, relax, ring, settle
+from .wait import OK, relax, ring, ring_for, settle
 
 _PACKET_ENTRIES = PACKET.size_bytes
 _LOW_HALF = 0xFFFFFFFF
@@ -141,8 +141,9 @@ def release(state: int, push: int, operations: int) -> None:
     for i in range(1, ranks + 1):
         peer = (load_i64(state + EP_RANK) + i) % ranks
         # SYNC POINT push-taken: released after the reads; the peer's `wait_all` acquires it before it writes.
-        store_release(_field_at(state, push, peer) + PF_TAKEN, operations)
-        ring(segment(state, peer) + CONTROL_OFFSET)
+        word = _field_at(state, push, peer) + PF_TAKEN
+        store_release(word, operations)
+        ring_for(segment(state, peer) + CONTROL_OFFSET, word)
 
 
 @device
@@ -233,7 +234,7 @@ def dispatch_notify(state: int, push: int, routing: int, has_counts: int) -> Non
         store_i64(field + PF_COUNT + 8 * (epoch & 1), _tagged(rows, root))
         # SYNC POINT push-flag: released after packets and counts; the peer's `wait_all` on `event` acquires it.
         store_release(field + PF_EVENT, epoch)
-        ring(segment(state, peer) + CONTROL_OFFSET)
+        ring_for(segment(state, peer) + CONTROL_OFFSET, field + PF_EVENT)
 
 
 @kernel("int64(int64, int64, int64, int64)")

@@ -8,11 +8,11 @@ the last rank to arrive, whoever it is, releases all, so that every rank waits o
 from __future__ import annotations
 
 from ..layout.calls import BA_ARRIVALS, BA_ARRIVED, BA_EPOCH, BA_RELEASED, BA_RELEASES
-from ..layout.segment import CTL_DOORBELL, CTL_WAITERS
+from ..layout.segment import CTL_DOORBELL
 from ._jit import device, kernel
 from .atomics import fence_seq_cst, fetch_add, load_acquire, load_i64, store_i64, store_release
 from .copy import copy_bytes_auto
-from .wait import OK, relax, ring, settle, wake
+from .wait import OK, awaits, relax_for, ring_for, settle, wake
 
 #: Comparison codes of `wait_until`, by name.
 COMPARISONS = {"eq": 0, "ne": 1, "gt": 2, "ge": 3, "lt": 4, "le": 5}
@@ -38,7 +38,7 @@ def send_signal(address: int, value: int, add: int, control: int) -> None:
         fetch_add(address, value)
     else:
         store_release(address, value)
-    ring(control)
+    ring_for(control, address)
 
 
 @kernel("void(int64, int64, int64, int64)")
@@ -81,7 +81,7 @@ def wait_for_word(control: int, address: int, comparison: int, value: int, until
         if word_holds(seen, comparison, value):
             settle(control, n)
             return OK, seen
-        n = relax(control, n, seq, until_ns)
+        n = relax_for(control, n, seq, until_ns, address)
         if n < 0:
             return n, seen
 
@@ -112,7 +112,7 @@ def arrive(state: int, ranks: int, controls: int, epoch: int) -> None:
     for i in range(ranks):
         # SYNC POINT doorbell: with one fence for all.
         control = load_i64(controls + 8 * i)
-        if load_acquire(control + CTL_WAITERS) > 0:
+        if awaits(control, load_i64(releases + 8 * i)):
             wake(control)
 
 
@@ -125,7 +125,7 @@ def await_release(control: int, own: int, epoch: int, until_ns: int) -> int:
         # SYNC POINT barrier-release: acquires what the last to arrive has released.
         if load_acquire(own) >= epoch:
             break
-        n = relax(control, n, seq, until_ns)
+        n = relax_for(control, n, seq, until_ns, own)
         if n < 0:
             return n
     settle(control, n)

@@ -20,10 +20,10 @@ No wake-up is lost (Dekker's argument; SYNC POINT doorbell): the waiter raises `
 writer stores the word, then reads `waiters`; both with a full fence in between. Either the waiter sees the word, or the
 writer sees the waiter and raises the doorbell, and then FUTEX_WAIT with the old `seq` returns at once.
 
-A wait for one word alone may say which: its rank stores the word's offset in `awaited` before it counts itself as a
-waiter, and `ring_for` does not wake it for another one. Nothing is lost, by the same argument: a writer that reads an
-older `awaited` has published its word before the waiter, which stores `awaited` first, looks at it. The rank takes
-`awaited` back when the word has come. Only one thread of a rank may do so at a time.
+A wait for one word alone says which, with `relax_for`: then `ring_for` does not wake it for another one. The number of
+waiters and the word awaited are one word, so each change of either is one step, and a waiter that joins another one
+clears the word awaited: then all writers wake both. Nothing is lost, by the same argument: a writer that reads
+`waiters` as it was before has published its word before the waiter looks at it.
 
 A wait is cut into slices: at the time `until_ns`, or when a signal arrives, `relax` gives up with SLICE, and Python
 looks at signals, deadlines and the liveness of peers before it calls again. Wake-ups for something else do not prolong
@@ -42,7 +42,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from ..layout.segment import CTL_ABORT, CTL_ARMED_SEQ, CTL_AWAITED, CTL_DOORBELL, CTL_PAUSES, CTL_WAITERS, CTL_YIELDS
+from ..layout.segment import CTL_ABORT, CTL_ARMED_SEQ, CTL_DOORBELL, CTL_PAUSES, CTL_WAITERS, CTL_YIELDS, WAITERS_BITS
 from ._jit import device, kernel
 from .atomics import I64, compare_and_swap, cpu_pause, fence_seq_cst, fetch_add, load_acquire, load_i64, store_i64
 
@@ -61,6 +61,7 @@ if platform.machine() not in _FUTEX_NUMBERS:
     raise ImportError(f"xccl knows no futex on {platform.machine()}; it runs on {', '.join(_FUTEX_NUMBERS)}")
 _FUTEX_NUMBER = _FUTEX_NUMBERS[platform.machine()]
 _CLOCK_MONOTONIC = 1
+_WAITERS_MASK = (1 << WAITERS_BITS) - 1
 
 sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
@@ -119,29 +120,68 @@ def wake(control: int) -> None:
 
 
 @device
+def _enter(control: int, awaited: int) -> None:
+    """Count a waiter: for the word at `awaited` behind the control area alone, or for several if that is 0."""
+    while True:
+        seen = load_acquire(control + CTL_WAITERS)
+        others = seen & _WAITERS_MASK
+        word = others + 1
+        if others == 0:
+            word |= awaited << WAITERS_BITS
+        if compare_and_swap(control + CTL_WAITERS, seen, word) == seen:
+            return
+
+
+@device
+def _leave(control: int) -> None:
+    """Undo `_enter`."""
+    while True:
+        seen = load_acquire(control + CTL_WAITERS)
+        if compare_and_swap(control + CTL_WAITERS, seen, (seen & _WAITERS_MASK) - 1) == seen:
+            return
+
+
+@device
+def waiters(control: int) -> int:
+    """How many threads of the rank sleep, or are about to."""
+    return load_acquire(control + CTL_WAITERS) & _WAITERS_MASK
+
+
+@device
+def awaits(control: int, address: int) -> bool:
+    """May the rank sleep until something happens to the word at this address? Only after a full fence."""
+    seen = load_acquire(control + CTL_WAITERS)
+    if seen & _WAITERS_MASK == 0:
+        return False
+    awaited = seen >> WAITERS_BITS
+    return awaited == 0 or awaited == address - control
+
+
+@device
 def ring(control: int) -> None:
     """Wake the rank with this control area if it sleeps. Call it after publishing a word (SYNC POINT doorbell)."""
     fence_seq_cst()
-    if load_acquire(control + CTL_WAITERS) > 0:
+    if waiters(control) > 0:
         wake(control)
 
 
 @device
-def ring_for(control: int, offset: int) -> None:
-    """`ring` after publishing the word at this offset of that rank's segment: not if it waits for another word alone.
+def ring_for(control: int, address: int) -> None:
+    """`ring` after publishing the word at this address of that rank's segment: not if it waits for another word alone.
 
     A rank that waits for words of hundreds of peers, one after the other, would be woken by each of them otherwise.
     """
     fence_seq_cst()
-    if load_acquire(control + CTL_WAITERS) > 0:
-        awaited = load_acquire(control + CTL_AWAITED)
-        if awaited == 0 or awaited == offset:
-            wake(control)
+    if awaits(control, address):
+        wake(control)
 
 
 @device
-def relax(control: int, n: int, seq: int, until_ns: int) -> int:
-    """Wait a little (see above). The next `n`, or SLICE, ABORTED, or PENDING at once if `until_ns` is 0."""
+def relax_for(control: int, n: int, seq: int, until_ns: int, address: int) -> int:
+    """Wait a little (see above) for the word at this address alone, whose writers use `ring_for` or `ring`.
+
+    The next `n`, or SLICE, ABORTED, or PENDING at once if `until_ns` is 0.
+    """
     if until_ns == 0:
         return PENDING
     pauses = load_i64(control + CTL_PAUSES)
@@ -157,7 +197,7 @@ def relax(control: int, n: int, seq: int, until_ns: int) -> int:
         return SLICE if now_ns() >= until_ns else n + 1
     if n == limit:
         # SYNC POINT doorbell: counted as a waiter before the condition is checked once more (pairs with `ring`).
-        fetch_add(control + CTL_WAITERS, 1)
+        _enter(control, address - control)
         fence_seq_cst()
         return n + 1
     status = OK
@@ -168,16 +208,22 @@ def relax(control: int, n: int, seq: int, until_ns: int) -> int:
         if (woken != 0 and load_acquire(control + CTL_DOORBELL) == seq) or now_ns() >= until_ns:
             status = SLICE
     if status != OK:
-        fetch_add(control + CTL_WAITERS, -1)
+        _leave(control)
         return status
     return n + 1
+
+
+@device
+def relax(control: int, n: int, seq: int, until_ns: int) -> int:
+    """`relax_for` in a wait for one of several words: any writer wakes the rank."""
+    return relax_for(control, n, seq, until_ns, control)
 
 
 @device
 def settle(control: int, n: int) -> None:
     """End a wait whose condition came true."""
     if n > load_i64(control + CTL_PAUSES) + load_i64(control + CTL_YIELDS):
-        fetch_add(control + CTL_WAITERS, -1)
+        _leave(control)
 
 
 @kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
@@ -189,11 +235,12 @@ def wait_all(control: int, address: int, stride_bytes: int, count: int, target: 
     """
     for i in range(load_i64(cursor), count):
         n = 0
+        word = address + i * stride_bytes
         while True:
             seq = load_acquire(control + CTL_DOORBELL)
-            if load_acquire(address + i * stride_bytes) >= target:
+            if load_acquire(word) >= target:
                 break
-            n = relax(control, n, seq, until_ns)
+            n = relax_for(control, n, seq, until_ns, word)
             if n < 0:
                 store_i64(cursor, i)
                 return n
@@ -215,7 +262,7 @@ def sleep(control: int, until_ns: int) -> int:
 @kernel("void(int64)")
 def arm(control: int) -> None:
     """Count the rank as a waiter and note the doorbell; then check all conditions again, `sleep`, and `disarm`."""
-    fetch_add(control + CTL_WAITERS, 1)
+    _enter(control, 0)
     store_i64(control + CTL_ARMED_SEQ, load_acquire(control + CTL_DOORBELL))
     fence_seq_cst()
 
@@ -223,7 +270,7 @@ def arm(control: int) -> None:
 @kernel("void(int64)")
 def disarm(control: int) -> None:
     """Undo `arm`."""
-    fetch_add(control + CTL_WAITERS, -1)
+    _leave(control)
 
 
 @kernel("void(int64)")

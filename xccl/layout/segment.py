@@ -27,7 +27,7 @@ from .ring import ANSWER_BYTES, FIELD_BYTES, MAX_LANES, REFUSAL_BYTES, SLOT_HEAD
 #: "XCCLSEG1" as a little-endian integer.
 MAGIC = int.from_bytes(b"XCCLSEG1", "little")
 #: Raised with every change of any layout.
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 5
 PAGE_BYTES = 4096
 
 HEADER = Record("segment header", "Written once by the owner; `ready` is published last (SYNC POINT segment-ready).")
@@ -58,11 +58,13 @@ CONTROL = Record(
     "wait for rings it. Words with different writers are two cache lines apart.",
 )
 CTL_DOORBELL = CONTROL.add("doorbell", 8, "raised by peers while the rank sleeps; the futex is its low half")
+WAITERS_BITS = 16
 CTL_WAITERS = CONTROL.add(
-    "waiters", 8, "number of threads of this rank that sleep or are about to", align=HOT_LINE_BYTES
-)
-CTL_AWAITED = CONTROL.add(
-    "awaited", 8, "offset in the segment of the only word that the rank waits for, 0 if there may be others"
+    "waiters",
+    8,
+    "number of threads of this rank that sleep or are about to; above it, from this area on, the offset of the only "
+    "word that they wait for; 0 if there may be others",
+    align=HOT_LINE_BYTES,
 )
 CTL_ABORT = CONTROL.add("abort", 8, "0, or why the session ended: kind << 32 | rank", align=HOT_LINE_BYTES)
 CTL_BARRIER_ARRIVALS = CONTROL.add(

@@ -91,14 +91,14 @@ def describe_moe(
         routing: what goes where; evenly loaded experts if None.
 
     Raises:
-        ModelError: there is no such operation or protocol, or the ranks do not divide the experts.
+        ModelError: there is no such operation or protocol, or there are fewer experts than slots.
     """
     if operation not in ("dispatch", "combine") or protocol not in PROTOCOLS or quant not in ("int8", "none"):
         raise ModelError(f"no model of {operation!r} by protocol {protocol!r} with quant {quant!r}")
     if routing is None:
         experts = experts or whole_experts(ROUTED_EXPERTS, ranks)
-        if experts % ranks or top_k > experts:
-            raise ModelError(f"{experts} experts are not a multiple of {ranks} ranks, or fewer than top_k {top_k}")
+        if top_k > experts:
+            raise ModelError(f"{experts} experts are fewer than top_k {top_k}")
         routing = RoutingCounts.uniform(ranks, experts=experts, tokens=tokens, top_k=top_k)
     how: moe.Quant = "int8" if quant == "int8" else "none"
     lanes = MAX_LANES if machine is None else int(machine["lane.count"])
