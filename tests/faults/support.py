@@ -93,6 +93,19 @@ def disaggregated_loop(comm: xccl.Communicator) -> Callable[[], object]:
     return step
 
 
+def direct_loop(comm: xccl.Communicator) -> Callable[[], object]:
+    """Dispatch and combine in turn, and a repetition whose rows go to another slot."""
+    ep, x, idx, weights = _expert_parallel(comm, "direct")
+    dispatched = ep.dispatch(x, idx)
+    out = dispatched.tokens.astype(ml_dtypes.bfloat16)
+
+    def step() -> None:
+        ep.combine(out, ep.dispatch(x, idx), weights)
+        ep.combine(out, ep.dispatch(x, handle=dispatched), weights)
+
+    return step
+
+
 def push_loop(comm: xccl.Communicator) -> Callable[[], object]:
     """Dispatch and combine in turn, and then one of each out of turn."""
     ep, x, idx, weights = _expert_parallel(comm, "push")
@@ -137,6 +150,7 @@ LOOPS = {
     "disaggregated": disaggregated_loop,
     "push": push_loop,
     "kv": kv_loop,
+    "direct": direct_loop,
 }
 
 

@@ -14,7 +14,7 @@ from xccl.errors import UsageError
 from xccl.layout.dtypes import CODE_BY_NAME, DTYPE_OF
 from xccl.layout.ring import MAX_LANES
 from xccl.model.project import whole_experts
-from xccl.protocol import a2e, collectives, kv, moe, moe_push, onesided, p2p
+from xccl.protocol import a2e, collectives, kv, moe, moe_direct, moe_push, onesided, p2p
 from xccl.protocol.collectives import FLOWS, Kind
 from xccl.protocol.counts import RoutingCounts
 from xccl.protocol.routing import make_routing
@@ -65,7 +65,7 @@ def describe_step(
         "item_bytes": DTYPE_OF[CODE_BY_NAME[options.dtype]].itemsize,
         "rows": "dedup" if options.rows == "dedup" else "expanded",
     }
-    protocol: Any = moe
+    protocol: Any = moe_direct if options.protocol == "direct" else moe
     if options.protocol == "push":
         protocol = moe_push
         # Dispatch after dispatch, or combine after combine, is out of turn; a round trip is not.

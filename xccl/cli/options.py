@@ -158,7 +158,10 @@ def add_work_options(parser: argparse.ArgumentParser, iters_help: str = _ITERS_H
     moe("--topk", type=positive, metavar="N", default=default.topk, help="experts of a token (default: 8)")
     moe("--quant", choices=("int8", "none"), default=default.quant, help="of dispatched tokens (default: int8)")
     moe(
-        "--protocol", choices=("pull", "push"), default=default.protocol, help="of dispatch and combine (default: pull)"
+        "--protocol",
+        choices=("pull", "push", "direct"),
+        default=default.protocol,
+        help="of dispatch and combine (default: pull)",
     )
     moe("--rows", choices=("expanded", "dedup"), default=default.rows,
         help="a row for each expert of a token (default), or for each rank that has any")  # fmt: skip

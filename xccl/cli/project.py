@@ -73,8 +73,8 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     experts("--experts", type=positive, metavar="N",
             help="in all (default: 256, or more: a multiple of ranks); a2e, e2a: dies (default: 288)")  # fmt: skip
     experts("--quant", choices=("int8", "none"), default="int8", help="what dispatch sends (default: int8)")
-    experts("--protocol", choices=("push", "pull", "deepep"), default="push",
-            help="CANN's fused push, XCCL's pull, or DeepEP's low-latency kernels (default: push)")  # fmt: skip
+    experts("--protocol", choices=("push", "pull", "direct", "deepep"), default="push",
+            help="CANN's fused push, XCCL's pull, direct, or DeepEP's low-latency kernels (default: push)")  # fmt: skip
     experts("--routing", default=EVEN, metavar="SPEC",
             help="even (default: no imbalance), uniform, zipf[:S], hot[:K], skew or file:PATH")  # fmt: skip
     experts("--attention", type=positive, default=160, metavar="N", help="a2e, e2a: attention dies (default: 160)")

@@ -7,16 +7,16 @@ from .calls import CALLS, SYMMETRIC
 from .collectives import COLLECTIVE_RECORD, COLLECTIVE_STATE, COMMUNICATOR_BLOCK, INVITATION, PLAN
 from .kv import ANNOUNCEMENT, ARRIVAL, PAGED
 from .moe import ENTRY, EXPERT_FIELD, ROUTING, STATE
+from .moe_direct import DIRECT, DIRECT_FIELD
 from .moe_push import PACKET, PACKET_ENTRY, PUSH, PUSH_FIELD, PUSH_STATUS, RETURN_PACKET
 from .record import Field, Record
 from .ring import ACK_FIELD, ANSWER, CHANNEL, COPY, DATA_FIELD, DRIVER, OPERATION, REFUSAL, SLOT, TRANSFER
-from .segment import AGREEMENT, CONTROL, HEADER
+from .segment import CONTROL, HEADER
 
 #: Every record, in the order of the documentation: shared ones first, then those that are private to a rank.
 ALL_RECORDS: tuple[Record, ...] = (
     HEADER,
     CONTROL,
-    AGREEMENT,
     DATA_FIELD,
     ACK_FIELD,
     REFUSAL,
@@ -35,6 +35,7 @@ ALL_RECORDS: tuple[Record, ...] = (
     RETURN_PACKET,
     ANNOUNCEMENT,
     ARRIVAL,
+    DIRECT_FIELD,
     CHANNEL,
     OPERATION,
     COPY,
@@ -45,6 +46,7 @@ ALL_RECORDS: tuple[Record, ...] = (
     ROUTING,
     PUSH,
     PAGED,
+    DIRECT,
     PEER,
     DIE,
     COLLECTIVE_STATE,

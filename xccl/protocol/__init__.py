@@ -20,6 +20,10 @@ Nothing here touches memory. `comm` executes what is described, and a test asser
     moe.combine(routing, hidden=, item_bytes=, lanes=)              release
     moe_push.dispatch(routing, ..., header_bytes=, flags_per=)    send, notify, await-flags, assemble
     moe_push.combine(routing, ..., header_bytes=, shared_expert=) send, flag, await-flags, reduce
+    moe_direct.dispatch(routing, ..., rows=, cached=)             count, announce, await-counts, plan, write, notify,
+                                                                    await-rows
+    moe_direct.combine(routing, ..., shared_expert=, in_place=)   return, announce, await-ready, reduce, release,
+                                                                    await-read
     moe_push.buffer_size_hint(ranks=, local_batch=, ...)          (bytes of buffers, no stages)
     a2e.a2e(routing, hidden=, ..., trampolines=, copies=,         those of moe.dispatch; with trampolines those of the
             engine=, forward_engine=)                               second leg too, "forward-" before their names
