@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -121,6 +122,26 @@ def push_loop(comm: xccl.Communicator) -> Callable[[], object]:
     return step
 
 
+def kv_loop(comm: xccl.Communicator) -> Callable[[], object]:
+    """A ring of requests, layer by layer, by DMA engines and by the ranks themselves in turn."""
+    layers, pages = 3, 32
+    kv = xccl.KVTransfer(comm, comm.empty((layers, pages, 1 << 12), np.uint8))
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    numbers = itertools.count()
+
+    def step() -> None:
+        number = next(numbers)
+        receive = kv.irecv(range(pages // 2), left, number)
+        send = kv.isend(range(pages // 2, pages), right, number, by_layer=True, engine=("dma", "mte")[number % 2])
+        for layer in range(layers):
+            send.ready(layer)
+        receive.wait_layer(0)
+        receive.wait()
+        send.wait()
+
+    return step
+
+
 LOOPS = {
     "barrier": barrier_loop,
     "sendrecv": sendrecv_loop,
@@ -129,6 +150,7 @@ LOOPS = {
     "disaggregated": disaggregated_loop,
     "push": push_loop,
     "direct": direct_loop,
+    "kv": kv_loop,
 }
 
 

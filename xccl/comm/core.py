@@ -47,7 +47,7 @@ LEFT = "has finished and left the session"
 _MAX_TIMEOUT_S = 1e9
 
 #: Collective calls by name; the number identifies the call in an agreement.
-_CALLS = ("empty", "signals", "free", "ExpertParallel", "close", "Disaggregated", "group")
+_CALLS = ("empty", "signals", "free", "ExpertParallel", "close", "Disaggregated", "group", "KVTransfer")
 
 #: How a rank takes part in an agreement: willingly, without room for it, or with an argument that is impossible.
 _FINE, _FULL, _REFUSED = 0, 1, 2

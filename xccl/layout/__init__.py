@@ -5,6 +5,7 @@ from __future__ import annotations
 from .a2e import DIE, PEER
 from .calls import CALLS, SYMMETRIC
 from .collectives import COLLECTIVE_RECORD, COLLECTIVE_STATE, COMMUNICATOR_BLOCK, INVITATION, PLAN
+from .kv import ANNOUNCEMENT, ARRIVAL, PAGED
 from .moe import ENTRY, EXPERT_FIELD, ROUTING, STATE
 from .moe_direct import DIRECT, DIRECT_FIELD
 from .moe_push import PACKET, PACKET_ENTRY, PUSH, PUSH_FIELD, PUSH_STATUS, RETURN_PACKET
@@ -34,6 +35,8 @@ ALL_RECORDS: tuple[Record, ...] = (
     PACKET_ENTRY,
     RETURN_PACKET,
     DIRECT_FIELD,
+    ANNOUNCEMENT,
+    ARRIVAL,
     CHANNEL,
     OPERATION,
     COPY,
@@ -44,6 +47,7 @@ ALL_RECORDS: tuple[Record, ...] = (
     ROUTING,
     PUSH,
     DIRECT,
+    PAGED,
     PEER,
     DIE,
     COLLECTIVE_STATE,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..errors import ModelError
 from ..layout.ring import MAX_LANES
-from ..protocol import a2e, moe, moe_direct, moe_push, p2p
+from ..protocol import a2e, kv, moe, moe_direct, moe_push, p2p
 from ..protocol.counts import RoutingCounts
 from ..protocol.stage import Description, Engine
 from .machine import Machine
@@ -19,6 +19,9 @@ from .topology import place
 
 #: Routed experts of DeepSeek-R1, which the published deployments serve.
 ROUTED_EXPERTS = 256
+
+#: Far beyond what a die holds.
+_MOST_BYTES = 1 << 50
 
 PROTOCOLS = ("push", "pull", "direct", "deepep")
 #: DeepEP: elements that share a scale, and bytes in front of a row that name its source (its README, low-latency mode).
@@ -192,6 +195,24 @@ def describe_send(machine: Machine, *, n_bytes: int, lanes: int, engine: Engine 
     return p2p.send_recv(
         2 * dies_per_node, [0], [dies_per_node], [n_bytes], lanes=lanes, engine=engine, slot_bytes=slot_bytes
     )
+
+
+def describe_kv(machine: Machine, *, page_bytes: int, blocks: int, layers: int, engine: Engine = "dma") -> Description:
+    """A request of a KV cache between two dies of neighbouring nodes, whose layers are all ready.
+
+    Raises:
+        ModelError: sizes are out of range.
+    """
+    if not (page_bytes >= 1 and blocks >= 0 and layers >= 1 and page_bytes * blocks * layers <= _MOST_BYTES):
+        raise ModelError(
+            f"{layers} layers of {blocks} blocks of {page_bytes} bytes: layers have 1 byte or more, and at most "
+            f"{_MOST_BYTES} in all"
+        )
+    neighbour = int(machine["topology.dies_per_chip"] * machine["topology.chips_per_node"])
+    return kv.kv_transfer(
+        2 * neighbour, 0, neighbour, blocks, layers=layers, page_bytes=page_bytes,
+        lanes=int(machine["lane.count"]), engine=engine,
+    )  # fmt: skip
 
 
 def project(
