@@ -21,7 +21,7 @@ from xccl.kernels import words
 from xccl.layout.segment import (
     ABORT_DIED,
     ABORT_EXCEPTION,
-    AGREEMENT_OFFSET,
+    CONTROL_END,
     CONTROL_OFFSET,
     CTL_ABORT,
     CTL_BARRIER_ARRIVALS,
@@ -95,8 +95,8 @@ class FabricSuite(Suite):
                 assert not fabric.view(fabric.rank, offset, n_bytes).any(), name
             for word in (CTL_ABORT, CTL_BARRIER_ARRIVALS, CTL_BARRIER_RELEASE, CTL_STATE):
                 assert words.load(fabric.control + word) == 0, word
-            agreements = fabric.geometry.app_offset - AGREEMENT_OFFSET
-            assert not fabric.view(fabric.rank, AGREEMENT_OFFSET, agreements).any()
+            rest = fabric.geometry.app_offset - CONTROL_END
+            assert not fabric.view(fabric.rank, CONTROL_END, rest).any()
 
         self.run(main, **SMALL)
 

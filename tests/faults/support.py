@@ -149,8 +149,8 @@ LOOPS = {
     "combine": combine_loop,
     "disaggregated": disaggregated_loop,
     "push": push_loop,
-    "direct": direct_loop,
     "kv": kv_loop,
+    "direct": direct_loop,
 }
 
 

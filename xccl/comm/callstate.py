@@ -32,6 +32,7 @@ _COMPARISONS = list(map(sys.intern, COMPARISONS))
 _MAX_SPINS: Final = 200
 
 _arrays_are_known = cache(is_known)
+_INT64: Final = np.dtype(np.int64)
 
 
 class CallState:
@@ -59,6 +60,7 @@ class CallState:
             layout.CA_TYPE_INT: id(int),
             layout.CA_TYPE_ARRAY: id(np.ndarray),
             layout.CA_NONE: id(None),
+            layout.CA_INT64: id(_INT64),
             layout.CA_AUTO: id(_AUTO),
             layout.CA_MTE: id(_MTE),
         }.items():
@@ -69,11 +71,9 @@ class CallState:
         self.detour(UNMAPPED, not fabric.segments.all())
 
     def bind(self, function: FastCall) -> Callable[..., Any]:
-        """The call for this rank; one that is never taken if this interpreter keeps its objects in another way."""
-        if _arrays_are_known():
-            return function.bind(self.address)
+        """The call for this rank; see `bind_to`."""
         not_taken = None if function is kernel_calls.wait_until else kernel_calls.NOT_TAKEN
-        return lambda *_: not_taken
+        return bind_to(self.address, function, not_taken)
 
     def detour(self, reason: int, on: bool) -> None:
         """Note that a reason for the long way holds, or no longer."""
@@ -87,3 +87,11 @@ class CallState:
     def began_ns(self) -> int:
         """When the last direct call began to wait; 0 if it did not."""
         return int(self.words[layout.CA_BEGAN_NS // 8])
+
+
+def bind_to(record: int, function: FastCall, not_taken: object) -> Callable[..., Any]:
+    """A direct call that works on the record at that address.
+
+    If this interpreter keeps its objects in another way, it is one that is never taken, and always returns `not_taken`.
+    """
+    return function.bind(record) if _arrays_are_known() else lambda *_: not_taken

@@ -41,17 +41,15 @@ from ..layout.collectives import TB_CAME, TB_EXPECTED, TB_ROWS
 from ..protocol.collectives import FLOWS, Kind
 from . import traced_collectives as traced
 from .buffers import address_of, readable, require_int, writable
-from .core import SLICE_NS, require_timeout
+from .core import require_timeout
 
 if TYPE_CHECKING:
     from .core import Core
     from .exchange import Exchange
+    from .known import DirectCalls
     from .plans import Plan
 
 Array = npt.NDArray[Any]
-
-#: Counted from the first wait on.
-_SLICE = -SLICE_NS
 
 
 class Collectives:
@@ -73,6 +71,7 @@ class Collectives:
     rank: int
     size: int
     _exchange: Exchange
+    _direct: DirectCalls
 
     def allgather(
         self, x: Array, *, out: Array | None = None, algorithm: str = "auto", timeout_s: float | None = None
@@ -88,7 +87,10 @@ class Collectives:
         Returns:
             [size, *x.shape]: the arrays in the order of ranks.
         """
-        return self._collect("allgather", x, out, None, None, algorithm, timeout_s)
+        status = self._direct.allgather(x, out, None, None, algorithm, timeout_s)
+        if status == OK and out is not None:
+            return out
+        return self._collect(status, "allgather", x, out, None, None, algorithm, timeout_s)
 
     def allreduce(
         self, x: Array, op: str = "sum", *, out: Array | None = None, algorithm: str = "auto",
@@ -108,7 +110,10 @@ class Collectives:
             rounded once; integers wrap around. If an operand of max or min is NaN, so is the result; a NaN is the
             positive quiet NaN.
         """
-        return self._collect("allreduce", x, out, op, None, algorithm, timeout_s)
+        status = self._direct.allreduce(x, out, op, None, algorithm, timeout_s)
+        if status == OK and out is not None:
+            return out
+        return self._collect(status, "allreduce", x, out, op, None, algorithm, timeout_s)
 
     def reduce_scatter(
         self, x: Array, op: str = "sum", *, out: Array | None = None, algorithm: str = "auto",
@@ -126,7 +131,10 @@ class Collectives:
         Returns:
             [*x.shape[1:]], reduced as by `allreduce`.
         """
-        return self._collect("reduce_scatter", x, out, op, None, algorithm, timeout_s)
+        status = self._direct.reduce_scatter(x, out, op, None, algorithm, timeout_s)
+        if status == OK and out is not None:
+            return out
+        return self._collect(status, "reduce_scatter", x, out, op, None, algorithm, timeout_s)
 
     def alltoall(
         self, x: Array, *, out: Array | None = None, algorithm: str = "auto", timeout_s: float | None = None
@@ -142,7 +150,10 @@ class Collectives:
         Returns:
             The shape of x: the parts for this rank in the order of ranks.
         """
-        return self._collect("alltoall", x, out, None, None, algorithm, timeout_s)
+        status = self._direct.alltoall(x, out, None, None, algorithm, timeout_s)
+        if status == OK and out is not None:
+            return out
+        return self._collect(status, "alltoall", x, out, None, None, algorithm, timeout_s)
 
     def broadcast(self, x: Array, root: int, *, algorithm: str = "auto", timeout_s: float | None = None) -> Array:
         """The array of the root, at all ranks.
@@ -157,7 +168,10 @@ class Collectives:
         Returns:
             x.
         """
-        return self._collect("broadcast", x, None, None, root, algorithm, timeout_s)
+        status = self._direct.broadcast(x, x, None, root, algorithm, timeout_s)
+        if status == OK:
+            return x
+        return self._collect(status, "broadcast", x, x, None, root, algorithm, timeout_s)
 
     def gather(
         self, x: Array, root: int, *, out: Array | None = None, algorithm: str = "auto",
@@ -175,8 +189,10 @@ class Collectives:
         Returns:
             At the root [size, *x.shape], the arrays in the order of ranks; None elsewhere.
         """
-        result = self._collect("gather", x, out, None, root, algorithm, timeout_s)
-        return result if self.rank == root else None
+        status = self._direct.gather(x, out, None, root, algorithm, timeout_s)
+        if status == OK:
+            return out
+        return self._collect(status, "gather", x, out, None, root, algorithm, timeout_s)
 
     def scatter(
         self, x: Array | None, root: int, *, out: Array | None = None, algorithm: str = "auto",
@@ -194,27 +210,25 @@ class Collectives:
         Returns:
             At the root the shape of x[0]; elsewhere `out`.
         """
-        return self._collect("scatter", x, out, None, root, algorithm, timeout_s)
+        status = self._direct.scatter(x, out, None, root, algorithm, timeout_s)
+        if status == OK and out is not None:
+            return out
+        return self._collect(status, "scatter", x, out, None, root, algorithm, timeout_s)
 
     def _collect(
-        self, kind: Kind, x: Any, out: Any, op: str | None, root: int | None, algorithm: str, timeout_s: float | None
-    ) -> Array:
-        """Any of them. The usual call, of plain arrays and with nothing else to do, is a look-up and a kernel call."""
+        self, status: int, kind: Kind, x: Any, out: Any, op: str | None, root: int | None, algorithm: str,
+        timeout_s: float | None,
+    ) -> Array:  # fmt: skip
+        """Go on after a direct call that did not return OK: it was begun, or it lacks an output, or must be checked."""
         exchange = self._exchange
-        try:
-            plan = exchange.ready[kind, x.dtype, x.nbytes, op, root, algorithm]
-        except (KeyError, AttributeError, TypeError):  # seen for the first time, or no array, or no value at all
-            return self._collect_carefully(kind, x, out, op, root, algorithm, timeout_s)
-        if timeout_s is not None or self.core.progress is not None:
-            return self._collect_carefully(kind, x, out, op, root, algorithm, timeout_s)
         result: Array = out
-        if out is None:
-            result = x if kind == "broadcast" else plan.make_out(x.shape)
-        status = kernels.collective.call(exchange.address, plan.address, id(x), id(result), 1, _SLICE)
+        if status == kernels.UNFIT and out is None and type(x) is np.ndarray:
+            result = _make_out(kind, x, self.size)
+            status = getattr(exchange.known.direct, kind)(x, result, op, root, algorithm, timeout_s)
         if status == kernels.UNFIT:
             return self._collect_carefully(kind, x, out, op, root, algorithm, timeout_s)
         if status != OK:
-            exchange.finish(plan, status, id(x), id(result), None)
+            exchange.finish(exchange.under_way(), status, x, result)
         return result
 
     def _collect_carefully(
@@ -229,12 +243,11 @@ class Collectives:
                 timeout_s = require_timeout(timeout_s)
         except (UsageError, CapacityError) as error:
             exchange.refuse(error)
-        # Where the root alone gives or takes, the next call may have no input, or make no output.
-        usual = kind == "broadcast" or not FLOWS[kind].rooted
-        usual_key = (kind, x.dtype, x.nbytes, op, root, algorithm) if usual else None
-        exchange.prepare(plan, usual_key)
+        exchange.prepare(plan)
+        first = given if given is not None else made
+        exchange.known.add(plan, first.dtype, first.nbytes, op, None if root is None else int(root), algorithm)
         with traced.metered(exchange, plan):
-            exchange.run(plan, _object(given), _object(made), timeout_s)
+            exchange.run(plan, given, made, timeout_s)
         result: Array = made
         return result
 
@@ -260,30 +273,45 @@ class Collectives:
             UsageError: also, at this rank alone, if other numbers of rows come than `recv_counts` says, or if `out` has
                 no room for them. Nothing is written then; what this rank gave has reached the others.
         """
+        status = self._direct.alltoallv(x, send_counts, recv_counts, out, timeout_s)
+        if status == kernels.UNFIT:
+            return self._alltoallv_carefully(x, send_counts, recv_counts, out, timeout_s)
+        return self._rows_that_came(status, x, out, None)
+
+    def _alltoallv_carefully(
+        self, x: Any, send_counts: Any, recv_counts: Any, out: Any, timeout_s: float | None
+    ) -> tuple[Array, npt.NDArray[np.int64]]:
+        """Check, run, and hand out the result."""
         exchange = self._exchange
         self.core.require_open()
         try:
-            x, plan = self._checked_rows(x, send_counts, recv_counts, out)
+            x, plan, row_bytes = self._checked_rows(x, send_counts, recv_counts, out)
             if timeout_s is not None:
                 timeout_s = require_timeout(timeout_s)
         except (UsageError, CapacityError) as error:
             exchange.refuse(error)
         exchange.prepare(plan)
-        result = out
+        exchange.known.add(plan, x.dtype, row_bytes)
         with traced.metered(exchange, plan):
-            status = exchange.run(plan, id(x), _object(out), timeout_s)
-            if status == kernels.SIZES_KNOWN:
-                result = np.empty((int(plan.table[TB_CAME].sum()), *x.shape[1:]), x.dtype)
-                status = exchange.run(plan, id(x), id(result), timeout_s)
-        if status == kernels.UNFIT:
-            counts = plan.table[TB_ROWS]
-            text = f"alltoallv: send_counts are {counts.tolist()} and sum to {counts.sum()}, x has {len(x)} rows"
-            exchange.refuse(UsageError(text, value=int(counts.sum()), bound=len(x)))
-        came = plan.table[TB_CAME].copy()
+            status = exchange.run(plan, x, out, timeout_s)
+            return self._rows_that_came(status, x, out, timeout_s)
+
+    def _rows_that_came(
+        self, status: int, x: Array, out: Array | None, timeout_s: float | None
+    ) -> tuple[Array, npt.NDArray[np.int64]]:
+        """The end of an alltoallv whose kernel has returned `status`."""
+        exchange = self._exchange
+        if status < OK or status == kernels.BUSY:
+            status = exchange.finish(exchange.under_way(), status, x, out, timeout_s)
+        if status == kernels.SIZES_KNOWN:
+            out = np.empty((exchange.rows_that_came(), *x.shape[1:]), x.dtype)
+            status = exchange.run(exchange.under_way(), x, out, timeout_s)
+        came = exchange.table[TB_CAME].copy()
         if status == kernels.WRONG_ROWS:
-            raise self._wrong_rows(came, plan.table[TB_EXPECTED], out)
-        assert result is not None
-        return result if out is None else result[: int(came.sum())], came
+            raise self._wrong_rows(came, exchange.table[TB_EXPECTED], out)
+        assert out is not None
+        rows = exchange.rows_that_came()
+        return out if len(out) == rows else out[:rows], came
 
     def _wrong_rows(self, came: Array, expected: Array, out: Array | None) -> UsageError:
         """Why the rows that came could not be taken."""
@@ -297,8 +325,8 @@ class Collectives:
         rows, room = int(came.sum()), 0 if out is None else len(out)
         return UsageError(f"alltoallv: out has room for {room} rows, {rows} come", value=room, bound=rows)
 
-    def _checked_rows(self, x: Any, send_counts: Any, recv_counts: Any, out: Any) -> tuple[Array, Plan]:
-        """Input and plan of alltoallv, after all checks; the plan's table holds the numbers of rows."""
+    def _checked_rows(self, x: Any, send_counts: Any, recv_counts: Any, out: Any) -> tuple[Array, Plan, int]:
+        """Input, plan and size of a row of alltoallv, after all checks; the table holds the numbers of rows."""
         x = readable(x, "x")
         if x.ndim == 0:
             raise UsageError("alltoallv: x must have shape [rows, ...], got a single number", value=())
@@ -315,9 +343,16 @@ class Collectives:
             if _overlap(x, out):
                 x = x.copy()
         plan = self._exchange.plan_rows(x.dtype, row_bytes)
-        plan.table[TB_ROWS] = _counts(send_counts, "send_counts", self.size)
-        plan.table[TB_EXPECTED] = -1 if recv_counts is None else _counts(recv_counts, "recv_counts", self.size)
-        return x, plan
+        table = self._exchange.table
+        counts = table[TB_ROWS]
+        counts[:] = _counts(send_counts, "send_counts", self.size)
+        table[TB_EXPECTED] = -1 if recv_counts is None else _counts(recv_counts, "recv_counts", self.size)
+        if counts.min() < 0 or counts.sum() != len(x):
+            raise UsageError(
+                f"alltoallv: send_counts are {counts.tolist()} and sum to {counts.sum()}, x has {len(x)} rows",
+                value=int(counts.sum()), bound=len(x),
+            )  # fmt: skip
+        return x, plan, row_bytes
 
     def _checked(
         self, kind: Kind, x: Any, out: Any, op: str | None, root: int | None, algorithm: str
@@ -370,9 +405,11 @@ class Collectives:
         return x, out, plan
 
 
-def _object(array: Array | None) -> int:
-    """The array as kernels take it."""
-    return 0 if array is None else id(array)
+def _make_out(kind: Kind, x: Array, size: int) -> Array:
+    """A new array for the output of a call with that input."""
+    flow = FLOWS[kind]
+    part = x.shape[1:] if flow.parts else x.shape
+    return np.empty((size, *part) if flow.keeps else part, x.dtype)
 
 
 def _overlap(x: Array, out: Array) -> bool:

@@ -6,23 +6,22 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import UsageError
+from ..errors import CapacityError, UsageError
 from ..fabric import Fabric
-from ..kernels import onesided, words
+from ..kernels.wait import OK
 from ..layout.collectives import CB_BARRIER_ARRIVALS, CB_BARRIER_RELEASE
 from ..layout.segment import CTL_BARRIER_ARRIVALS, CTL_BARRIER_RELEASE, EXPERT_METADATA_BYTES
 from ..trace.record import Recorder
-from . import traced
+from .barrier import BarrierState
 from .buffers import require_int
 from .collectives import Collectives
-from .core import Core, Waiting, no_exchange, require_timeout
+from .core import Core, no_exchange, require_timeout
 from .exchange import Exchange
 from .groups import Grouping, GroupParts, Invitations
 from .p2p import PointToPoint
@@ -56,9 +55,14 @@ class Communicator(SendReceive, Collectives, Grouping):
         self._parts = None
         core = Core(fabric, op_timeout_s)
         # Allocated before all else, so that these are at the same offset in all segments.
-        exchange = Exchange.of_session(core, self.heap_allocator, self.metadata_allocator)
+        try:
+            exchange = Exchange.of_session(core, self.heap_allocator, self.metadata_allocator)
+        except CapacityError as error:
+            core.fail(error)
+            fabric.close()
+            raise
         self.invitations = Invitations(core, self.metadata_allocator)
-        core.exchange = exchange.tell_all
+        core.exchange, core.refuse_exchange = exchange.tell_all, exchange.refuse
         self.world_ranks = tuple(range(fabric.ranks))
         arrivals = int(fabric.controls[0]) + CTL_BARRIER_ARRIVALS
         self._begin(core, exchange, PointToPoint(core), arrivals, fabric.controls + CTL_BARRIER_RELEASE)
@@ -93,14 +97,9 @@ class Communicator(SendReceive, Collectives, Grouping):
         self.fabric_name = core.fabric.name
         self._exchange = exchange
         self.world.exchanges.add(exchange)
-        self._barriers = 0
-        #: Addresses of the words of barriers: the count at rank 0, and, behind their number, the releases of all ranks.
-        self._arrivals = arrivals
-        self._releases = np.array([core.size, *releases], np.int64)
-        self._barrier_words = (arrivals, self._releases.ctypes.data, int(releases[core.rank]))
-        #: Numbers of the last barrier at which this rank arrived, and of the last that it released.
-        self._scratch = np.zeros(2, np.int64)
-        self._arrived: int = self._scratch.ctypes.data
+        self._direct = exchange.known.direct
+        self._barrier = BarrierState(core, arrivals, releases)
+        self._direct_barrier = self._barrier.direct
 
     @property
     def world(self) -> Communicator:
@@ -165,29 +164,8 @@ class Communicator(SendReceive, Collectives, Grouping):
         Raises:
             WaitTimeout, PeerDied, SessionAborted: see `xccl.errors`.
         """
-        core = self.core
-        core.require_open()
-        timeout_s = core.op_timeout_s if timeout_s is None else require_timeout(timeout_s)
-        self._barriers = epoch = self._barriers + 1
-        call = onesided.barrier.call
-        args = (core.control, core.controls_address, *self._barrier_words, epoch, self._arrived)
-
-        def describe() -> Waiting:
-            # Once all have arrived, one that was released earlier than this rank may have left: it is not missed.
-            arrivals = int(words.load(self._arrivals)) - (epoch - 1) * self.size
-            return Waiting("barrier", epoch, expected=self.size, seen=arrivals, everyone=arrivals < self.size)
-
-        operation = None if core.trace is None else core.trace.start("barrier", epoch)
-        arrives = self._scratch[0] != epoch
-        try:
-            core.run(lambda until_ns: int(call(*args, until_ns)), describe, timeout_s)
-        except BaseException:
-            self._barriers = epoch - 1
-            raise
-        if operation is not None:
-            released = bool(arrives and self._scratch[1] == epoch)
-            operation.overlap("arrive", "release", "await-release")
-            operation.finish(partial(traced.barrier, ranks=self.size, arrived=bool(arrives), released=released))
+        if self._direct_barrier(timeout_s) != OK:
+            self._barrier.wait(timeout_s)
 
     # -- session ----------------------------------------------------------------------------------------------------
 
@@ -206,7 +184,6 @@ class Communicator(SendReceive, Collectives, Grouping):
         if self.core.trace is not None:
             raise UsageError("operations are recorded already: leave the other trace() first", value="nested")
         recorder = self.core.trace = Recorder(self.rank)
-        self._exchange.ready.clear()
         try:
             yield recorder
         finally:
@@ -238,8 +215,6 @@ class Communicator(SendReceive, Collectives, Grouping):
             self._p2p.require_idle()
         self._p2p.shut_down()
         self.core.closed = True
-        for exchange in self.exchanges:
-            exchange.ready.clear()
         self.core.exchange = no_exchange
         if not failed:
             self.core.fabric.leave()

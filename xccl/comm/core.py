@@ -13,16 +13,13 @@ import numpy as np
 
 from ..errors import CapacityError, FabricError, PeerDied, SessionAborted, UsageError, WaitTimeout, XcclError
 from ..fabric import Fabric
-from ..kernels import onesided, wait, words
+from ..kernels import wait, words
 from ..kernels.wait import OK
 from ..layout.calls import CA_SLICE_NS
 from ..layout.segment import (
     ABORT_DIED,
     ABORT_EXCEPTION,
     ABORT_INTERRUPT,
-    AGREE_MAX_VALUES,
-    AGREEMENT,
-    AGREEMENT_OFFSET,
     CTL_STATE,
     STATE_FAILED,
     STATE_LEFT,
@@ -114,15 +111,13 @@ class Core:
         self.blocks: dict[int, SymmetricAllocator] = {}
         #: Of those in which results may lie, by offset: does anybody refer to one?
         self.lent: dict[int, Callable[[], bool]] = {}
-        #: Tells all ranks a few words, and returns those of all: [size, words]. Set by the communicator.
+        #: `Exchange.tell_all` and `Exchange.refuse` of the communicator, which sets them.
         self.exchange: Callable[[str, list[int]], np.ndarray] = no_exchange
+        self.refuse_exchange: Callable[[UsageError], NoReturn] = _raise
         #: Drives requests that are under way; None while there are none.
         self.progress: Callable[[], object] | None = None
-        self._agreements = 0
-        self._agreed = True
         self._cursor = np.zeros(1, np.int64)
         self._cursor_address: int = self._cursor.ctypes.data
-        self._values = np.zeros(AGREE_MAX_VALUES, np.int64)
 
     @property
     def op_timeout_s(self) -> float:
@@ -323,42 +318,17 @@ class Core:
 
     def refuse(self, call: str, error: UsageError) -> NoReturn:
         """Raise `error` at once, and let the same call of the other ranks fail instead of waiting for this one."""
-        self._await_agreement(call)
-        self._publish([_CALLS.index(call), _REFUSED])
-        raise error
+        self.refuse_exchange(error)
 
     def _tell_all(self, call: str, values: list[int]) -> np.ndarray:
         """What all ranks say in the next agreement, [size, len(values)]."""
-        self._await_agreement(call)
-        self._publish(values)
-        self._await_agreement(call)
-        records = self.fabric.view(self.rank, AGREEMENT_OFFSET, self.size * 2 * AGREEMENT.size_bytes)
-        epochs = records.view(np.int64).reshape(self.size, 2, -1)[:, self._agreements % 2]
-        return epochs[:, 1 : 1 + len(values)].copy()
-
-    def _publish(self, values: list[int]) -> None:
-        """Write this rank's part of the next agreement to all ranks."""
-        self._agreements = epoch = self._agreements + 1
-        self._agreed = False
-        self._values[: len(values)] = values
-        offset = self.fabric.geometry.agreement_offset(self.rank, epoch)
-        onesided.agree.call(self.segments_address, self.size, offset, self._values.ctypes.data, len(values), epoch)
-
-    def _await_agreement(self, call: str) -> None:
-        """Wait for everybody's part of the last agreement, unless that was done.
-
-        A rank that refuses does not wait; it waits before its next agreement, so that it is never two ahead.
-        """
-        if self._agreed:
-            return
-        epoch = self._agreements
-        first = int(self.fabric.segments[self.rank]) + self.fabric.geometry.agreement_offset(0, epoch)
         try:
-            self.wait_all(first, 2 * AGREEMENT.size_bytes, epoch, call)
+            return self.exchange(call, values)
+        except (UsageError, CapacityError):
+            raise
         except BaseException as error:
             self.broken = f"the collective call {call}() was given up in the middle ({type(error).__name__})"
             raise
-        self._agreed = True
 
     def _compare(self, call: str, arguments: dict[str, int], seen: np.ndarray) -> None:
         if (seen[:, 0] != seen[0, 0]).any():
@@ -398,6 +368,10 @@ class Core:
 def no_exchange(call: str, values: list[int]) -> np.ndarray:
     """What `Core.exchange` is before the communicator has one, and after it was closed."""
     raise FabricError(f"{call}: this communicator has no collectives yet")
+
+
+def _raise(error: UsageError) -> NoReturn:
+    raise error
 
 
 def grouped(by_rank: Mapping[int, object]) -> str:

@@ -13,12 +13,15 @@ from ..errors import CapacityError, FabricError, UsageError
 from ..kernels import collectives as kernels, words
 from ..kernels.wait import MISMATCH, OK
 from ..layout import collectives as layout
-from ..layout.collectives import RECORD_BYTES, block_bytes
-from ..layout.segment import AGREE_MAX_VALUES
+from ..layout.collectives import AGREE_MAX_VALUES, RECORD_BYTES, TABLE_COLUMNS, block_bytes
 from ..protocol.collectives import Kind, counts_arrivals, stage_bytes
+from .buffers import address_of
 from .core import PROGRESS_SLICE_NS, SLICE_NS, Core, Waiting
+from .known import KnownCalls
 from .plans import Plan, disagreement, make_plan, make_refusal, make_rows_plan
 from .symmetric import SymmetricAllocator, give_back
+
+Array = npt.NDArray[Any]
 
 #: Plans that are kept for calls with the same arguments.
 _MAX_PLANS: Final = 4096
@@ -31,14 +34,14 @@ class Exchange:
         core: waits of this rank.
         heap: where the staging area is allocated, when it is first needed; each rank does so by itself.
         blocks: int64 [ranks], addresses of the communicator's blocks.
-        commit: backs with memory the blocks that this rank writes to; called before the first call.
 
     Attributes:
         address: of the state as kernels know it.
         blocks: see above.
         broken: why no collective is possible any more.
-        ready: plans, by any key, of calls that can be made at once. It is emptied when anything is to be done before a
-            call, so that the usual call needs to look at nothing else.
+        known: calls that can be made at once. It is emptied when anything is to be done before a call, so that the
+            usual call needs to look at nothing else.
+        table: alltoallv: [columns, ranks], see `layout.collectives`.
     """
 
     def __init__(
@@ -46,14 +49,11 @@ class Exchange:
         core: Core,
         heap: SymmetricAllocator,
         blocks: npt.NDArray[np.int64],
-        commit: Callable[[], None] | None = None,
     ) -> None:
         self.core = core
         self.blocks = blocks
         self.broken: str | None = None
-        self.ready: dict[Any, Plan] = {}
         self._heap = heap
-        self._commit = commit
         self._stage: int | None = None
         #: Bytes of each half of the staging area that are backed by memory.
         self._committed = 0
@@ -61,9 +61,10 @@ class Exchange:
         #: What this rank has said without waiting for the others.
         self._owed: Plan | None = None
         self._plans: dict[Any, Plan] = {}
+        self._by_address: dict[int, Plan] = {}
         self._rows = np.zeros(core.size, np.int64)
+        self.table = np.zeros((TABLE_COLUMNS, 0), np.int64)
         self._said = np.zeros(AGREE_MAX_VALUES, np.int64)
-        self._heard = np.zeros((core.size, AGREE_MAX_VALUES), np.int64)
         self.state = np.zeros(layout.COLLECTIVE_STATE.size_bytes // 8, np.int64)
         self.address: int = self.state.ctypes.data
         for offset, value in {
@@ -78,19 +79,17 @@ class Exchange:
             layout.CS_COUNTS: int(counts_arrivals(core.size)),
         }.items():
             self.state[offset // 8] = value
+        self.known = KnownCalls(core.calls, self.address)
 
     @classmethod
     def of_session(cls, core: Core, heap: SymmetricAllocator, metadata: SymmetricAllocator) -> Self:
         """That of the session's communicator; its blocks are at the same offset in all segments."""
         fabric, size, n_bytes = core.fabric, core.size, block_bytes(core.size)
         offset = metadata.alloc(n_bytes)
-
-        def commit() -> None:
-            # Where arrivals are counted, a rank writes to its own block and to that of rank 0 alone.
-            for peer in {0, core.rank} if counts_arrivals(size) else range(size):
-                fabric.commit(peer, offset, n_bytes)
-
-        return cls(core, heap, fabric.segments + offset, commit)
+        # Where arrivals are counted, a rank writes to its own block and to that of rank 0 alone.
+        for peer in {0, core.rank} if counts_arrivals(size) else range(size):
+            fabric.commit(peer, offset, n_bytes)
+        return cls(core, heap, fabric.segments + offset)
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
@@ -109,7 +108,7 @@ class Exchange:
             arguments = n_bytes, dtype, operator, root, algorithm
             return make_plan(kind, core.rank, core.size, *arguments, self._half_bytes)
 
-        return self._kept((kind, n_bytes, dtype, operator, root, algorithm), make)
+        return self._kept(kind, (kind, n_bytes, dtype, operator, root, algorithm), make)
 
     def plan_rows(self, dtype: np.dtype[Any], row_bytes: int) -> Plan:
         """The plan for alltoallv of such rows.
@@ -117,33 +116,38 @@ class Exchange:
         Raises:
             CapacityError: the managed data area is too small for a staging area.
         """
+        size = self.core.size
+        if not self.table.size:
+            self.table = np.zeros((TABLE_COLUMNS, size), np.int64)
+            self.state[layout.CS_TABLE // 8] = self.table.ctypes.data
         return self._kept(
-            (dtype, row_bytes), lambda: make_rows_plan(self.core.size, dtype, row_bytes, self._half_bytes)
+            "alltoallv", (dtype, row_bytes), lambda: make_rows_plan(size, dtype, row_bytes, self._half_bytes)
         )
 
-    def _kept(self, key: Any, make: Callable[[], Plan]) -> Plan:
+    def _kept(self, kind: Kind, key: Any, make: Callable[[], Plan]) -> Plan:
         plan = self._plans.get(key)
         if plan is None:
             size, heap_bytes = self.core.size, self.core.fabric.geometry.heap_bytes
-            if self._half_bytes < 128 * size:
+            if kind != "agreement" and self._half_bytes < 128 * size:
                 raise CapacityError(
                     f"heap_bytes is {heap_bytes}: too little for the staging area of {size} ranks",
                     needed_bytes=512 * size, available_bytes=heap_bytes,
                 )  # fmt: skip
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
-                self.ready.clear()
+                self._by_address.clear()
+                self.known.clear()
             plan = self._plans[key] = make()
+            self._by_address[plan.address] = plan
         return plan
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
-    def prepare(self, plan: Plan, key: Any = None) -> None:
+    def prepare(self, plan: Plan) -> None:
         """Do what must be done before a call: the end of the last one, and a staging area.
 
         Args:
             plan: the call.
-            key: by which the plan is `ready` from now on.
 
         Raises:
             CapacityError: there is no room; the other ranks hear of it.
@@ -158,20 +162,18 @@ class Exchange:
                 self._grow(plan.half_bytes)
             except CapacityError as error:
                 self.refuse(error)
-        if key is not None and core.trace is None:
-            self.ready[key] = plan
 
-    def run(self, plan: Plan, x: int, out: int, timeout_s: float | None = None) -> int:
+    def run(self, plan: Plan, x: Array | None, out: Array | None, timeout_s: float | None = None) -> int:
         """Make a call that was prepared, to its end or until sizes are known.
 
         Args:
             plan: the call.
-            x: address of the array object of the input; 0 for none.
-            out: that of the output.
+            x: the input.
+            out: the output.
             timeout_s: deadline in seconds; the communicator's default if None.
 
         Returns:
-            OK, SIZES_KNOWN, UNFIT (alltoallv: rows do not sum up) or WRONG_ROWS.
+            OK; for alltoallv also SIZES_KNOWN or WRONG_ROWS.
 
         Raises:
             UsageError: ranks have made different calls; at all of them.
@@ -179,12 +181,15 @@ class Exchange:
             WaitTimeout, PeerDied, SessionAborted: see `xccl.errors`.
         """
         slice_ns = SLICE_NS if self.core.progress is None else PROGRESS_SLICE_NS
-        status = int(kernels.collective.call(self.address, plan.address, x, out, 0, -slice_ns))
+        status = int(kernels.collective.call(self.address, plan.address, *_places(x), *_places(out), -slice_ns))
         return status if status == OK else self.finish(plan, status, x, out, timeout_s)
 
-    def finish(self, plan: Plan, status: int, x: int, out: int, timeout_s: float | None) -> int:
+    def finish(
+        self, plan: Plan, status: int, x: Array | None, out: Array | None, timeout_s: float | None = None
+    ) -> int:
         """Go on with a call whose kernel has returned another status than OK; otherwise as `run`."""
         core = self.core
+        args = self.address, plan.address, *_places(x), *_places(out)
         timeout_s = core.op_timeout_s if timeout_s is None else timeout_s
         try:
             if status == kernels.BUSY:
@@ -192,7 +197,7 @@ class Exchange:
             if status < 0 and status != MISMATCH:
                 status = core.finish(
                     status,
-                    lambda until_ns: int(kernels.collective.call(self.address, plan.address, x, out, 0, until_ns)),
+                    lambda until_ns: int(kernels.collective.call(*args, until_ns)),
                     lambda: self._waiting(plan.name),
                     timeout_s,
                     time.monotonic_ns() + int(timeout_s * 1e9),
@@ -203,6 +208,14 @@ class Exchange:
         if status == MISMATCH:
             raise disagreement(plan.name, core.rank, self._said_by_all(plan))
         return status
+
+    def rows_that_came(self) -> int:
+        """Alltoallv: rows of the last call, of all ranks together."""
+        return int(self.state[layout.CS_CAME // 8])
+
+    def under_way(self) -> Plan:
+        """The plan of the call that a direct call has begun."""
+        return self._by_address[int(self.state[layout.CS_PLAN // 8])]
 
     def tell_all(self, call: str, values: list[int]) -> npt.NDArray[np.int64]:
         """Tell all ranks at most AGREE_MAX_VALUES words.
@@ -222,30 +235,28 @@ class Exchange:
         plan = self.plan("agreement", self._said.nbytes, self._said.dtype)
         plan.name = call
         self.prepare(plan)
-        self.run(plan, id(self._said), id(self._heard))
-        return self._heard[:, : len(values)].copy()
+        # It has no output: with n ranks as threads, all words of all of them would be n * n.
+        self.run(plan, self._said, None)
+        heard = np.empty((self.core.size, len(values)), np.int64)
+        heard[self.core.rank] = values
+        kernels.read_said.call(self.address, heard.ctypes.data, 8 * len(values))
+        return heard
 
     def refuse(self, error: UsageError | CapacityError) -> NoReturn:
         """Raise `error` at once, and let the call of the other ranks fail instead of waiting for this one."""
         if self.broken is None and not self.core.closed:
             self._settle()
             self._owed = make_refusal(self.core.size, error)
-            self.ready.clear()
+            self.known.clear()
             kernels.refuse.call(self.address, self._owed.address)
         raise error
 
     def _settle(self) -> None:
-        """Back the blocks with memory, and wait for the others' part of a step that this rank has refused.
-
-        So a rank is never two steps ahead of another.
-        """
-        if self._commit is not None:
-            self._commit()
-            self._commit = None
+        """Wait for the others' part of a step that this rank has refused: it is never two steps ahead of another."""
         owed = self._owed
         if owed is not None:
             try:
-                self.run(owed, 0, 0)
+                self.run(owed, None, None)
             except (UsageError, CapacityError):
                 pass  # this rank has said so itself
             self._owed = None
@@ -262,7 +273,7 @@ class Exchange:
 
     def _break(self, reason: str) -> None:
         self.broken = reason
-        self.ready.clear()
+        self.known.clear()
 
     def free(self) -> None:
         """Give the staging area back. No rank reads it any more."""
@@ -299,3 +310,10 @@ class Exchange:
                 record = self._record(peer)
                 said[peer] = int(words.load(record + layout.CR_SIGNATURE)), int(words.load(record + layout.CR_BYTES))
         return said
+
+
+def _places(array: Array | None) -> tuple[int, int]:
+    """Address and rows of an array, as kernels take them."""
+    if array is None:
+        return 0, -1
+    return address_of(array), len(array) if array.ndim else 0

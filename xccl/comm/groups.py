@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -65,8 +65,6 @@ class GroupCore(Core):
         world.progress = driving
         self.members = fabric.members
         world.dependants.add(self.calls)
-        #: `Exchange.refuse` of the group.
-        self.refuse_exchange: Callable[[UsageError], NoReturn] = _raise
 
     @property
     def progress(self) -> Callable[[], object] | None:
@@ -108,13 +106,6 @@ class GroupCore(Core):
         if error.peer is not None:
             numbers_of["world_peer"] = self.members[error.peer]
         return type(error)(f"{error} [in a group of {self.size}: {numbers}]", **error.details, **numbers_of)
-
-    def refuse(self, call: str, error: UsageError) -> NoReturn:
-        """Raise `error` at once, and let the same call of the other ranks fail instead of waiting for this one."""
-        self.refuse_exchange(error)
-
-    def _tell_all(self, call: str, values: list[int]) -> np.ndarray:
-        return self.exchange(call, values)
 
 
 def checked_members(comm: Communicator, ranks: Any) -> list[int]:
@@ -371,10 +362,6 @@ class Grouping:
             give_back(core, allocator, offset)
         self.barrier()  # when it ends, nobody reads or writes this rank's block any more
         parts.give_back()
-
-
-def _raise(error: UsageError) -> NoReturn:
-    raise error
 
 
 def _shown(ranks: Iterable[int]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import CapacityError, UsageError, XcclError
 from ..layout import collectives as layout
-from ..layout.collectives import OPERATORS, TABLE_COLUMNS
+from ..layout.collectives import OPERATORS
 from ..layout.dtypes import CODE_OF
 from ..protocol.collectives import ALGORITHMS, FLOWS, Cut, Kind, cut
 from .core import grouped
@@ -36,28 +36,17 @@ class Plan:
         half_bytes: what it needs of each half of the staging area.
         address: of the plan as kernels know it.
         dtype: element type.
-        row_bytes: alltoallv: size of a row.
-        table: alltoallv: [columns, ranks], see `layout.collectives`.
         leads: what comes before the shape of a part in that of the output: (ranks,) or nothing.
-        drops: does the input have a part for each rank, of which the output's shape has none?
     """
 
-    __slots__ = (
-        "_words", "address", "drops", "dtype", "half_bytes", "kind", "leads", "name", "row_bytes", "table"
-    )  # fmt: skip
+    __slots__ = ("_words", "address", "dtype", "half_bytes", "kind", "leads", "name")
 
-    def __init__(
-        self, kind: Kind, how: Cut, words: dict[int, int], dtype: np.dtype[Any], ranks: int, row_bytes: int = 0
-    ) -> None:
-        flow = FLOWS[kind]
+    def __init__(self, kind: Kind, how: Cut, words: dict[int, int], dtype: np.dtype[Any], ranks: int) -> None:
         self.kind = kind
         self.name: str = kind
         self.half_bytes = how.half_bytes
         self.dtype = dtype
-        self.leads = (ranks,) if flow.keeps else ()
-        self.drops = flow.parts
-        self.row_bytes = row_bytes
-        self.table = np.zeros((TABLE_COLUMNS, ranks if row_bytes else 0), np.int64)
+        self.leads = (ranks,) if FLOWS[kind].keeps else ()
         self._words = np.zeros(layout.PLAN.size_bytes // 8, np.int64)
         self.address: int = self._words.ctypes.data
         cut_words = {
@@ -66,17 +55,10 @@ class Plan:
             layout.PL_INLINE: int(how.inline),
             layout.PL_TWO_STEP: int(how.algorithm == "two-step"),
             layout.PL_RESULTS: how.results,
-            layout.PL_TABLE: self.table.ctypes.data,
-            layout.PL_DTYPE: id(dtype),
-            layout.PL_ARRAY_TYPE: id(np.ndarray),
             layout.PL_EXPOSE: how.expose_bytes,
         }
         for offset, value in (cut_words | words).items():
             self._words[offset // 8] = value
-
-    def make_out(self, shape: tuple[int, ...]) -> np.ndarray:
-        """A new array for the output, with an input of that shape."""
-        return np.empty(self.leads + (shape[1:] if self.drops else shape), self.dtype)
 
     @property
     def signature(self) -> int:
@@ -134,7 +116,7 @@ def make_plan(
 
 
 def make_rows_plan(ranks: int, dtype: np.dtype[Any], row_bytes: int, half_bytes: int) -> Plan:
-    """The plan for alltoallv of rows of that size; how many go where is written into its table for each call."""
+    """The plan for alltoallv of rows of that size; how many go where is in the table of the communicator."""
     rows = _checksum(f"{dtype} in rows of {row_bytes} bytes")
     return Plan("alltoallv", cut("alltoallv", ranks, -1, "mesh", half_bytes), {
         layout.PL_SIGNATURE: _signature(_KINDS.index("alltoallv"), dtype=rows),
@@ -147,7 +129,7 @@ def make_rows_plan(ranks: int, dtype: np.dtype[Any], row_bytes: int, half_bytes:
         layout.PL_X_BYTES: -1,
         layout.PL_OUT_BYTES: -1,
         layout.PL_IN_PLACE: -1,
-    }, dtype, ranks, row_bytes)  # fmt: skip
+    }, dtype, ranks)  # fmt: skip
 
 
 def make_refusal(ranks: int, error: UsageError | CapacityError) -> Plan:

@@ -139,7 +139,7 @@ class Segment:
         except posix_ipc.ExistentialError:
             raise _problem(name, rank, "absent", "there is no such segment") from None
         try:
-            return cls(name, memory.fd, layout.AGREEMENT_OFFSET, owned=False)
+            return cls(name, memory.fd, layout.CONTROL_END, owned=False)
         except BaseException:
             os.close(memory.fd)
             raise

@@ -158,6 +158,14 @@ class Kernel:
     def __call__(self, *args: Any) -> Any:
         return self.call(*args)
 
+    @property
+    def address(self) -> int:
+        """Of a C function that does the same, for other kernels (`fastcall.call_kernel`)."""
+        self.compile()
+        (overload,) = self.dispatcher.overloads.values()
+        address: int = overload.library.get_pointer_to_function(overload.fndesc.llvm_cfunc_wrapper_name)
+        return address
+
 
 def kernel(signature: str) -> Callable[[Callable[..., Any]], Kernel]:
     """Declare a kernel with a numba signature such as `"int64(int64, int64)"`."""

@@ -80,11 +80,11 @@ POSTED_AND_ENDED = 2
 
 _MAX_INDEX = (1 << 62) - 1
 #: What takes longer to copy than the interpreter should be held up.
-_LONG_BYTES = 64 << 10
+LONG_BYTES = 64 << 10
 
 
 @device
-def _must_detour(calls: int) -> bool:
+def must_detour(calls: int) -> bool:
     """Must a call that waits go the long way, whatever its arguments?"""
     return load_i64(calls + CA_DETOUR) != 0 or load_i64(load_i64(calls + CA_DRIVER) + DR_REQUESTS) != 0
 
@@ -152,7 +152,7 @@ def _which(table: int, count: int, found: int) -> int:
 
 @device
 def _copy(destination: int, source: int, n_bytes: int) -> None:
-    if n_bytes <= _LONG_BYTES:
+    if n_bytes <= LONG_BYTES:
         copy_bytes_auto(destination, source, n_bytes)
     else:
         thread = release_lock()
@@ -236,7 +236,7 @@ def wait_until(self, args, count):  # type: ignore[no-untyped-def]
     store_i64(calls + CA_BEGAN_NS, 0)
     fits, value = as_int(calls, argument(args, 3))
     comparison = _which(calls + CA_COMPARISONS, 6, argument(args, 2))
-    out_of_the_ordinary = _must_detour(calls)
+    out_of_the_ordinary = must_detour(calls)
     if out_of_the_ordinary or not fits or comparison < 0 or argument(args, 4) != none:
         return same_object(none)
     word = _word(calls, argument(args, 0), argument(args, 1), load_i64(calls + CA_RANK))
@@ -267,7 +267,7 @@ def _transfer(calls: int, args: int, is_send: bool) -> int:
     peer = as_index(calls, argument(args, 1), 0, load_i64(calls + CA_RANKS) - 1)
     event_id = as_index(calls, argument(args, 2), 0, _MAX_INDEX)
     lanes = as_index(calls, argument(args, 3), 1, MAX_LANES)
-    out_of_the_ordinary = _must_detour(calls)
+    out_of_the_ordinary = must_detour(calls)
     if out_of_the_ordinary or n_bytes < 0 or peer < 0 or event_id < 0 or lanes < 0:
         return NOT_TAKEN
     if (
@@ -283,7 +283,7 @@ def _transfer(calls: int, args: int, is_send: bool) -> int:
     op = load_i64(channel + CH_SPARE)
     zero_copy = is_send and n_bytes >= ZERO_COPY_BYTES
     prepare(channel, op, array_address(argument(args, 0)), n_bytes, event_id, lanes, ENGINE_MTE, zero_copy)
-    left = load_i64(calls + CA_SPINS) + 1 if n_bytes <= _LONG_BYTES else 0
+    left = load_i64(calls + CA_SPINS) + 1 if n_bytes <= LONG_BYTES else 0
     while left > 0:
         status = step_send(channel, op) if is_send else step_receive(channel, op)
         if status == ENDED:

@@ -6,6 +6,7 @@ from ..layout.collectives import (
     CR_BYTES,
     CR_LIMIT,
     CR_PAYLOAD,
+    CS_CAME,
     CS_CHUNK,
     CS_CLOSES,
     CS_COUNTS,
@@ -127,29 +128,37 @@ def stage_window(state: int, plan: int, x: int, step: int) -> None:
 
 
 @device
-def learn_sizes(state: int, plan: int, step: int, room_bytes: int) -> None:
-    """Alltoallv: what each rank sends to this one, whether that can be taken, and how many steps there will be."""
+def learn_sizes(state: int, plan: int, step: int, room: int) -> None:
+    """Alltoallv: what each rank sends to this one, whether that can be taken, and how many steps there will be.
+
+    Args:
+        state: of the communicator.
+        plan: of the call.
+        step: its first.
+        room: rows that the output has room for; below 0 if it is yet to be made.
+    """
     ranks, rank = load_i64(state + CS_RANKS), load_i64(state + CS_RANK)
     row_bytes = load_i64(plan + PL_ITEM_BYTES)
     largest, at, takes = load_i64(state + CS_LARGEST), 0, 1
     for peer in range(ranks):
-        size = load_i64(table_at(state, plan, TB_SENT, rank))
+        size = load_i64(table_at(state, TB_SENT, rank))
         if peer != rank:
             record = record_of(state, peer, step)
             largest = max(largest, load_i64(record + CR_LIMIT) >> 1)
             size = load_i64(record + CR_BYTES)
             if load_i64(state + CS_COUNTS) != 0:
                 size = load_i64(results_of(state, record, peer) + 8 * rank)
-        expected = load_i64(table_at(state, plan, TB_EXPECTED, peer))
+        expected = load_i64(table_at(state, TB_EXPECTED, peer))
         if expected >= 0 and expected * row_bytes != size:
             takes = 0
-        store_i64(table_at(state, plan, TB_RECEIVED, peer), size)
-        store_i64(table_at(state, plan, TB_RECEIVED_AT, peer), at)
-        store_i64(table_at(state, plan, TB_CAME, peer), size // row_bytes)
+        store_i64(table_at(state, TB_RECEIVED, peer), size)
+        store_i64(table_at(state, TB_RECEIVED_AT, peer), at)
+        store_i64(table_at(state, TB_CAME, peer), size // row_bytes)
         at += size
-    if room_bytes >= 0 and at > room_bytes:
+    if room >= 0 and at > room * row_bytes:
         takes = 0
     store_i64(state + CS_TAKES, takes)
+    store_i64(state + CS_CAME, at // row_bytes)
     store_i64(state + CS_STEPS, max(1, -(-largest // load_i64(state + CS_CHUNK))))
 
 
@@ -185,7 +194,7 @@ def learn_exposed(state: int, plan: int, step: int) -> None:
 def received_bytes(state: int, plan: int, peer: int) -> int:
     """Size of the part that `peer` has for this rank."""
     n_bytes = load_i64(plan + PL_BYTES)
-    return n_bytes if n_bytes >= 0 else load_i64(table_at(state, plan, TB_RECEIVED, peer))
+    return n_bytes if n_bytes >= 0 else load_i64(table_at(state, TB_RECEIVED, peer))
 
 
 @device
@@ -193,7 +202,7 @@ def received_at(state: int, plan: int, peer: int) -> int:
     """Where in the output the part of `peer` goes."""
     if load_i64(plan + PL_BYTES) >= 0:
         return peer * load_i64(plan + PL_RECV_STRIDE)
-    return load_i64(table_at(state, plan, TB_RECEIVED_AT, peer))
+    return load_i64(table_at(state, TB_RECEIVED_AT, peer))
 
 
 @device

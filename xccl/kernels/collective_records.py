@@ -30,6 +30,7 @@ from ..layout.collectives import (
     CS_RANKS,
     CS_SEGMENTS,
     CS_STAGE,
+    CS_TABLE,
     HEADERS_OFFSET,
     INLINE_BYTES,
     METER_ARRIVAL,
@@ -45,7 +46,6 @@ from ..layout.collectives import (
     PL_SEND_STRIDE,
     PL_SENDER,
     PL_SIGNATURE,
-    PL_TABLE,
     PL_TWO_STEP,
     RECORD_BYTES,
     RECORDS_OFFSET,
@@ -95,16 +95,16 @@ def record_of(state: int, peer: int, step: int) -> int:
 
 
 @device
-def table_at(state: int, plan: int, column: int, peer: int) -> int:
+def table_at(state: int, column: int, peer: int) -> int:
     """Address of a number in the table of alltoallv."""
-    return load_i64(plan + PL_TABLE) + 8 * (column * load_i64(state + CS_RANKS) + peer)
+    return load_i64(state + CS_TABLE) + 8 * (column * load_i64(state + CS_RANKS) + peer)
 
 
 @device
 def sent_bytes(state: int, plan: int, peer: int) -> int:
     """Size of the part that this rank has for `peer`."""
     n_bytes = load_i64(plan + PL_BYTES)
-    return n_bytes if n_bytes >= 0 else load_i64(table_at(state, plan, TB_SENT, peer))
+    return n_bytes if n_bytes >= 0 else load_i64(table_at(state, TB_SENT, peer))
 
 
 @device
@@ -112,7 +112,7 @@ def sent_at(state: int, plan: int, peer: int) -> int:
     """Where in the input the part for `peer` starts."""
     if load_i64(plan + PL_BYTES) >= 0:
         return peer * load_i64(plan + PL_SEND_STRIDE)
-    return load_i64(table_at(state, plan, TB_SENT_AT, peer))
+    return load_i64(table_at(state, TB_SENT_AT, peer))
 
 
 @device

@@ -8,6 +8,7 @@ a call that returns SLICE or PENDING is simply made again.
 from __future__ import annotations
 
 from ..layout.collectives import (
+    CR_PAYLOAD,
     CS_CHUNK,
     CS_CLOSES,
     CS_CURSOR,
@@ -25,17 +26,12 @@ from ..layout.collectives import (
     CS_TAKES,
     CS_TARGET,
     METER_FOLD,
-    PL_ARRAY_TYPE,
     PL_BYTES,
     PL_CHUNK,
-    PL_DTYPE,
     PL_EXPOSE,
     PL_FOLD,
-    PL_IN_PLACE,
     PL_INLINE,
     PL_ITEM_BYTES,
-    PL_OUT_BYTES,
-    PL_SEND_STRIDE,
     PL_STEPS,
     PL_TWO_STEP,
     PL_X_BYTES,
@@ -57,9 +53,9 @@ from .collective_data import (
     take_own,
     take_parts,
 )
-from .collective_records import all_agree, await_all, meter, say, segment_of, table_at
+from .collective_records import all_agree, await_all, meter, record_of, say, segment_of, table_at
+from .copy import copy_bytes
 from .fold import fold_rows
-from .ndarray import bytes_of, data_of, first_dim, is_plain
 from .wait import MISMATCH, OK
 
 #: Phases of a call.
@@ -68,7 +64,7 @@ IDLE, PUBLISH, AWAIT, CONSUME = range(4)
 SIZES_KNOWN = 1
 #: Another call is in the middle.
 BUSY = 2
-#: The arrays are not what the plan is for; nothing was begun.
+#: The numbers of rows are not those of the input; nothing was begun.
 UNFIT = 3
 #: Alltoallv: other numbers of rows came than expected, or there was no room for them; none was written.
 WRONG_ROWS = 4
@@ -81,37 +77,16 @@ def _plan_rows(state: int, plan: int, rows: int) -> bool:
     rank = load_i64(state + CS_RANK)
     at, largest = 0, 0
     for peer in range(load_i64(state + CS_RANKS)):
-        size = load_i64(table_at(state, plan, TB_ROWS, peer)) * row_bytes
+        size = load_i64(table_at(state, TB_ROWS, peer)) * row_bytes
         if size < 0:
             return False
-        store_i64(table_at(state, plan, TB_SENT, peer), size)
-        store_i64(table_at(state, plan, TB_SENT_AT, peer), at)
+        store_i64(table_at(state, TB_SENT, peer), size)
+        store_i64(table_at(state, TB_SENT_AT, peer), at)
         at += size
         if peer != rank:
             largest = max(largest, size)
     store_i64(state + CS_LARGEST, largest)
     return at == rows * row_bytes
-
-
-@device
-def _fit(state: int, plan: int, x: int, out: int) -> bool:
-    """Are the arrays what the plan is for, and apart?"""
-    dtype, array_type = load_i64(plan + PL_DTYPE), load_i64(plan + PL_ARRAY_TYPE)
-    x_bytes, out_bytes = load_i64(plan + PL_X_BYTES), load_i64(plan + PL_OUT_BYTES)
-    if x_bytes >= 0:
-        if x == 0 or not is_plain(x, array_type, dtype, False):
-            return False
-        if load_i64(plan + PL_SEND_STRIDE) > 0 and first_dim(x) != load_i64(state + CS_RANKS):
-            return False
-    if out_bytes >= 0:
-        item_bytes = load_i64(plan + PL_ITEM_BYTES)
-        if out == 0 or not is_plain(out, array_type, dtype, True) or bytes_of(out, item_bytes) != out_bytes:
-            return False
-        x_data, out_data = data_of(x), data_of(out)
-        if x_bytes > 0 and x_data < out_data + out_bytes and out_data < x_data + x_bytes:
-            place = load_i64(plan + PL_IN_PLACE)
-            return place >= 0 and x_data == out_data + place
-    return True
 
 
 @device
@@ -125,17 +100,15 @@ def _is_exposed(state: int, plan: int, x: int) -> bool:
 
 
 @device
-def _begin(state: int, plan: int, x: int, out: int, check: int) -> bool:
-    if check != 0 and not _fit(state, plan, x, out):
-        return False
+def _begin(state: int, plan: int, x: int, x_rows: int) -> bool:
     store_i64(state + CS_LARGEST, 0)
-    if load_i64(plan + PL_BYTES) < 0 and not _plan_rows(state, plan, first_dim(x)):
+    if load_i64(plan + PL_BYTES) < 0 and not _plan_rows(state, plan, x_rows):
         return False
     store_i64(state + CS_PLAN, plan)
     store_i64(state + CS_INDEX, 0)
     store_i64(state + CS_STEPS, load_i64(plan + PL_STEPS))
     store_i64(state + CS_CHUNK, load_i64(plan + PL_CHUNK))
-    store_i64(state + CS_EXPOSED, 1 if _is_exposed(state, plan, data_of(x)) else 0)
+    store_i64(state + CS_EXPOSED, 1 if _is_exposed(state, plan, x) else 0)
     store_i64(state + CS_CLOSES, 0)
     store_i64(state + CS_TAKES, 1)
     return True
@@ -161,31 +134,29 @@ def _publish(state: int, plan: int, x: int) -> None:
 
 
 @device
-def _learn(state: int, plan: int, out_array: int, step: int) -> int:
+def _learn(state: int, plan: int, out_rows: int, step: int) -> int:
     """After the first step: do the ranks agree, and what is yet to come?"""
     if not all_agree(state, plan, step):
         return MISMATCH
     ragged = load_i64(plan + PL_BYTES) < 0
     if ragged:
-        room_bytes = -1
-        if out_array != 0:
-            room_bytes = first_dim(out_array) * load_i64(plan + PL_ITEM_BYTES)
-        learn_sizes(state, plan, step, room_bytes)
+        learn_sizes(state, plan, step, out_rows)
     if load_i64(plan + PL_INLINE) == 0:
         learn_exposed(state, plan, step)
-    return SIZES_KNOWN if ragged and out_array == 0 and load_i64(state + CS_TAKES) != 0 else OK
+    return SIZES_KNOWN if ragged and out_rows < 0 and load_i64(state + CS_TAKES) != 0 else OK
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64)")
-def collective(state: int, plan: int, x_array: int, out_array: int, check: int, until_ns: int) -> int:
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
+def collective(state: int, plan: int, x: int, x_rows: int, out: int, out_rows: int, until_ns: int) -> int:
     """Begin a call, or go on with the one that is under way.
 
     Args:
         state: address of the communicator's state.
         plan: address of the call's plan.
-        x_array: address of the array object of the input, 0 for none.
-        out_array: that of the output; 0 in alltoallv if it is to be made when sizes are known.
-        check: 1: look whether the arrays are what the plan is for; 0: they are.
+        x: address of the input; anything if there is none.
+        x_rows: alltoallv: rows of the input.
+        out: address of the output; 0 if there is none.
+        out_rows: alltoallv: rows that the output has room for; below 0 if it is to be made when sizes are known.
         until_ns: when to return at the latest; below 0: so many ns from the first wait on; 0: do not wait.
 
     Returns:
@@ -194,12 +165,11 @@ def collective(state: int, plan: int, x_array: int, out_array: int, check: int, 
     """
     phase = load_i64(state + CS_PHASE)
     if phase == IDLE:
-        if not _begin(state, plan, x_array, out_array, check):
+        if not _begin(state, plan, x, x_rows):
             return UNFIT
         phase = PUBLISH
     elif load_i64(state + CS_PLAN) != plan:
         return BUSY
-    x, out = data_of(x_array), data_of(out_array)
     two_step, fold = load_i64(plan + PL_TWO_STEP) != 0, load_i64(plan + PL_FOLD)
     while True:
         index = load_i64(state + CS_INDEX)
@@ -213,7 +183,7 @@ def collective(state: int, plan: int, x_array: int, out_array: int, check: int, 
                 store_i64(state + CS_PHASE, AWAIT)
                 return status
             if index == 0:
-                status = _learn(state, plan, out_array, step)
+                status = _learn(state, plan, out_rows, step)
                 if status != OK:
                     store_i64(state + CS_PHASE, IDLE if status == MISMATCH else CONSUME)
                     return status
@@ -227,7 +197,7 @@ def collective(state: int, plan: int, x_array: int, out_array: int, check: int, 
         elif not _is_closing(state):
             if fold >= 0:
                 size = part_operands(state, plan, x, out, step)
-            elif load_i64(state + CS_TAKES) != 0:
+            elif load_i64(state + CS_TAKES) != 0 and out != 0:
                 if index == 0:
                     take_own(state, plan, x, out)
                 take_parts(state, plan, out, step)
@@ -247,6 +217,21 @@ def collective(state: int, plan: int, x_array: int, out_array: int, check: int, 
 @kernel("void(int64, int64)")
 def refuse(state: int, plan: int) -> None:
     """Publish a step that no other rank agrees with, and wait for nobody; `collective` with this plan waits."""
-    _begin(state, plan, 0, 0, 0)
+    _begin(state, plan, 0, 0)
     _publish(state, plan, 0)
     store_i64(state + CS_PHASE, AWAIT)
+
+
+@kernel("void(int64, int64, int64)")
+def read_said(state: int, out: int, n_bytes: int) -> None:
+    """The first `n_bytes` of what the others said inside of their records in the last step; before the next call.
+
+    Args:
+        state: address of the communicator's state.
+        out: address of [ranks, n_bytes]; the own row stays as it is.
+        n_bytes: at most INLINE_BYTES.
+    """
+    step = load_i64(state + CS_STEP)
+    for peer in range(load_i64(state + CS_RANKS)):
+        if peer != load_i64(state + CS_RANK):
+            copy_bytes(out + peer * n_bytes, record_of(state, peer, step) + CR_PAYLOAD, n_bytes)

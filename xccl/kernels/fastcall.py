@@ -21,7 +21,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+from llvmlite import ir
 from numba.core import types
+from numba.extending import intrinsic
 
 from ._jit import OPTIONS, WARMING, declare, numba_cache_here
 
@@ -87,3 +89,19 @@ _save_thread: Any = types.ExternalFunction("PyEval_SaveThread", types.int64())
 _restore_thread: Any = types.ExternalFunction("PyEval_RestoreThread", types.void(types.int64))
 #: Give up the interpreter's lock, and take it again with what the first has returned.
 release_lock, take_lock = _save_thread, _restore_thread
+
+
+@intrinsic
+def call_kernel(typingctx: Any, address: Any, arguments: Any) -> Any:
+    """Call a kernel of int64 arguments (a tuple), and an int64 result, by its `address`.
+
+    A large kernel would be compiled again with every function that calls it by name.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        int64 = ir.IntType(64)
+        values = [builder.extract_value(args[1], i) for i in range(arguments.count)]
+        function_type = ir.FunctionType(int64, [int64] * len(values))
+        return builder.call(builder.inttoptr(args[0], function_type.as_pointer()), values)
+
+    return types.int64(types.int64, arguments), codegen

@@ -106,6 +106,33 @@ def array_address(found: int) -> int:
 
 
 @device
+def array_rows(found: int) -> int:
+    """Length of an array's first dimension; -1 if it has none."""
+    return load_i64(load_i64(found + _ARRAY_SHAPE)) if load_i32(found + _ARRAY_NDIM) > 0 else -1
+
+
+@device
+def array_row_bytes(found: int) -> int:
+    """Bytes of each element of an array's first dimension."""
+    n_bytes = load_i64(load_i64(found + _ARRAY_DTYPE) + _DTYPE_ITEM_BYTES)
+    for i in range(1, load_i32(found + _ARRAY_NDIM)):
+        n_bytes *= load_i64(load_i64(found + _ARRAY_SHAPE) + 8 * i)
+    return n_bytes
+
+
+@device
+def have_same_rows(first: int, second: int) -> bool:
+    """Have two arrays of one dtype as many dimensions, and the same but for the first one?"""
+    n_dims = load_i32(first + _ARRAY_NDIM)
+    if load_i32(second + _ARRAY_NDIM) != n_dims:
+        return False
+    for i in range(1, n_dims):
+        if load_i64(load_i64(first + _ARRAY_SHAPE) + 8 * i) != load_i64(load_i64(second + _ARRAY_SHAPE) + 8 * i):
+            return False
+    return True
+
+
+@device
 def array_dtype(found: int) -> int:
     """Address of an array's dtype object."""
     return load_i64(found + _ARRAY_DTYPE)

@@ -7,16 +7,12 @@ the last rank to arrive, whoever it is, releases all, so that every rank waits o
 
 from __future__ import annotations
 
-from ..layout.segment import (
-    AGREE_EPOCH,
-    AGREE_VALUES,
-    CONTROL_OFFSET,
-    CTL_DOORBELL,
-)
+from ..layout.calls import BA_ARRIVALS, BA_ARRIVED, BA_EPOCH, BA_RELEASED, BA_RELEASES
+from ..layout.segment import CTL_DOORBELL
 from ._jit import device, kernel
 from .atomics import fence_seq_cst, fetch_add, load_acquire, load_i64, store_i64, store_release
 from .copy import copy_bytes_auto
-from .wait import OK, relax_for, ring_for, settle
+from .wait import OK, awaits, relax_for, ring_for, settle, wake
 
 #: Comparison codes of `wait_until`, by name.
 COMPARISONS = {"eq": 0, "ne": 1, "gt": 2, "ge": 3, "lt": 4, "le": 5}
@@ -98,36 +94,35 @@ def wait_until(control: int, address: int, comparison: int, value: int, seen_add
     return status
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64)")
-def barrier(
-    control: int, controls: int, arrivals: int, releases: int, own: int, epoch: int, arrived: int, until_ns: int
-) -> int:
-    """Barrier number `epoch` (from 1).
+@device
+def arrive(state: int, ranks: int, controls: int, epoch: int) -> None:
+    """Be counted at barrier number `epoch` (from 1), unless this rank was; the last one to come releases all."""
+    if load_i64(state + BA_ARRIVED) == epoch:
+        return
+    store_i64(state + BA_ARRIVED, epoch)
+    # SYNC POINT barrier: the counting is acquire and release, so the last to arrive has seen what all did before.
+    if fetch_add(load_i64(state + BA_ARRIVALS), 1) + 1 != epoch * ranks:
+        return
+    store_i64(state + BA_RELEASED, epoch)
+    releases = load_i64(state + BA_RELEASES)
+    for i in range(ranks):
+        # SYNC POINT barrier-release: after all arrivals; `await_release` acquires it.
+        store_release(load_i64(releases + 8 * i), epoch)
+    fence_seq_cst()
+    for i in range(ranks):
+        # SYNC POINT doorbell: with one fence for all.
+        control = load_i64(controls + 8 * i)
+        if awaits(control, load_i64(releases + 8 * i)):
+            wake(control)
 
-    Args:
-        control: address of the own control area.
-        controls: address of [ranks] int64, the control areas of all ranks.
-        arrivals: address of the word at rank 0 that counts arrivals.
-        releases: address of int64 [ranks + 1]: the number of ranks, then the addresses of their release words.
-        own: address of the own release word.
-        epoch: number of this barrier, the same at all ranks.
-        arrived: address of two numbers: that of the last barrier at which this rank was counted, since a call that goes
-            on after a slice must not be counted again; and that of the last one which it released, as the last to come.
-        until_ns: when to return at the latest.
-    """
-    if load_i64(arrived) != epoch:
-        store_i64(arrived, epoch)
-        # SYNC POINT barrier: the counting is acquire and release, so the last to arrive has seen what all did before.
-        ranks = load_i64(releases)
-        if fetch_add(arrivals, 1) + 1 == epoch * ranks:
-            store_i64(arrived + 8, epoch)
-            for i in range(ranks):
-                word = load_i64(releases + 8 + 8 * i)
-                store_release(word, epoch)
-                ring_for(load_i64(controls + 8 * i), word)
+
+@device
+def await_release(control: int, own: int, epoch: int, until_ns: int) -> int:
+    """Wait until the word at `own` says that all have arrived at barrier number `epoch`."""
     n = 0
     while True:
         seq = load_acquire(control + CTL_DOORBELL)
+        # SYNC POINT barrier-release: acquires what the last to arrive has released.
         if load_acquire(own) >= epoch:
             break
         n = relax_for(control, n, seq, until_ns, own)
@@ -137,22 +132,21 @@ def barrier(
     return OK
 
 
-@kernel("void(int64, int64, int64, int64, int64, int64)")
-def agree(segments: int, ranks: int, offset: int, values: int, n: int, epoch: int) -> None:
-    """Write this rank's part of agreement number `epoch` into every segment.
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
+def barrier(state: int, ranks: int, controls: int, control: int, own: int, epoch: int, until_ns: int) -> int:
+    """Barrier number `epoch`.
 
     Args:
-        segments: address of [ranks] int64, the segments of all ranks.
+        state: address of the barrier's state.
         ranks: number of ranks.
-        offset: of this rank's record for this epoch, in every segment.
-        values: address of [n] int64.
-        n: number of values.
-        epoch: number of the agreement.
+        controls: address of [ranks] int64, the control areas of all ranks.
+        control: address of the own control area.
+        own: address of the own release word.
+        epoch: number of this barrier, from 1, the same at all ranks.
+        until_ns: when to return at the latest.
     """
-    for r in range(ranks):
-        segment = load_i64(segments + 8 * r)
-        for i in range(n):
-            store_i64(segment + offset + AGREE_VALUES + 8 * i, load_i64(values + 8 * i))
-        # SYNC POINT agreement: released after the values; `wait_all` on the epochs acquires it.
-        store_release(segment + offset + AGREE_EPOCH, epoch)
-        ring_for(segment + CONTROL_OFFSET, segment + offset + AGREE_EPOCH)
+    arrive(state, ranks, controls, epoch)
+    status = await_release(control, own, epoch, until_ns)
+    if status == OK:
+        store_i64(state + BA_EPOCH, epoch)
+    return status

@@ -11,13 +11,12 @@ from .moe_direct import DIRECT, DIRECT_FIELD
 from .moe_push import PACKET, PACKET_ENTRY, PUSH, PUSH_FIELD, PUSH_STATUS, RETURN_PACKET
 from .record import Field, Record
 from .ring import ACK_FIELD, ANSWER, CHANNEL, COPY, DATA_FIELD, DRIVER, OPERATION, REFUSAL, SLOT, TRANSFER
-from .segment import AGREEMENT, CONTROL, HEADER
+from .segment import CONTROL, HEADER
 
 #: Every record, in the order of the documentation: shared ones first, then those that are private to a rank.
 ALL_RECORDS: tuple[Record, ...] = (
     HEADER,
     CONTROL,
-    AGREEMENT,
     DATA_FIELD,
     ACK_FIELD,
     REFUSAL,
@@ -34,9 +33,9 @@ ALL_RECORDS: tuple[Record, ...] = (
     PACKET,
     PACKET_ENTRY,
     RETURN_PACKET,
-    DIRECT_FIELD,
     ANNOUNCEMENT,
     ARRIVAL,
+    DIRECT_FIELD,
     CHANNEL,
     OPERATION,
     COPY,
@@ -46,8 +45,8 @@ ALL_RECORDS: tuple[Record, ...] = (
     STATE,
     ROUTING,
     PUSH,
-    DIRECT,
     PAGED,
+    DIRECT,
     PEER,
     DIE,
     COLLECTIVE_STATE,

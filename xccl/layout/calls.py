@@ -25,6 +25,7 @@ CA_BEGAN_NS = CALLS.add("began_ns", 8, "when the last wait began that did not en
 CA_TYPE_INT = CALLS.add("type_int", 8, "`int`")
 CA_TYPE_ARRAY = CALLS.add("type_array", 8, "`numpy.ndarray`")
 CA_NONE = CALLS.add("none", 8, "`None`")
+CA_INT64 = CALLS.add("int64", 8, "the dtype int64")
 CA_AUTO = CALLS.add("auto", 8, "the string auto")
 CA_MTE = CALLS.add("mte", 8, "the string mte")
 CA_OPS = CALLS.add("ops", 2 * 8, "the strings set and add")
@@ -37,3 +38,29 @@ SY_COUNT = SYMMETRIC.add("count", 8, "elements of a rank's copy, or words")
 SY_ITEM_BYTES = SYMMETRIC.add("item_bytes", 8, "bytes of an element, or from word to word")
 SY_ADDRESSES = SYMMETRIC.add("addresses", 8, "address of [ranks] addresses of the copies")
 SY_DTYPE = SYMMETRIC.add("dtype", 8, "address of the dtype object; 0 for signals")
+
+COLLECTIVE_CALLS = Record(
+    "collective calls", "Private to a rank: one for each kind of collective of a communicator, with the calls it knows."
+)
+CC_CALLS = COLLECTIVE_CALLS.add("calls", 8, "address of the call state of its communicator")
+CC_STATE = COLLECTIVE_CALLS.add("state", 8, "address of its collective state")
+CC_KERNEL = COLLECTIVE_CALLS.add("kernel", 8, "address of the kernel that makes all of them")
+COLLECTIVE_CALLS.pad_to(64)
+
+KNOWN_CALL = Record("known call", "[KNOWN_CALLS] behind each of these: arguments, and the plan of a call with them.")
+KC_PLAN = KNOWN_CALL.add("plan", 8, "address of the plan; 0: nothing here")
+KC_DTYPE = KNOWN_CALL.add("dtype", 8, "address of the dtype object of input or output")
+KC_BYTES = KNOWN_CALL.add("bytes", 8, "bytes of the input, of the output where there is none; alltoallv: of a row")
+KC_OP = KNOWN_CALL.add("op", 8, "address of the string, or of None")
+KC_ROOT = KNOWN_CALL.add("root", 8, "the root; -1 for none")
+KC_ALGORITHM = KNOWN_CALL.add("algorithm", 8, "address of the string")
+KNOWN_CALL.pad_to(64)
+KNOWN_CALLS = 16
+
+BARRIER = Record("barrier state", "Private to a rank: one for each communicator.")
+BA_CALLS = BARRIER.add("calls", 8, "address of the call state of its communicator")
+BA_ARRIVALS = BARRIER.add("arrivals", 8, "address of the word at rank 0 that counts arrivals")
+BA_RELEASES = BARRIER.add("releases", 8, "address of [ranks] addresses of release words")
+BA_EPOCH = BARRIER.add("epoch", 8, "barriers that this rank has left")
+BA_ARRIVED = BARRIER.add("arrived", 8, "number of the last barrier at which this rank was counted")
+BA_RELEASED = BARRIER.add("released", 8, "number of the last barrier that it ended, as the last to come")

@@ -45,6 +45,9 @@ CR_PAYLOAD: Final = CR_AT
 #: Parts of up to this size travel in the records.
 INLINE_BYTES: Final = RECORD_BYTES - CR_PAYLOAD
 
+#: Words that a rank can say in an agreement: they travel in the record.
+AGREE_MAX_VALUES: Final = INLINE_BYTES // 8
+
 COMMUNICATOR_BLOCK = Record("communicator block", "Start of a rank's block of one communicator.")
 CB_ARRIVALS = COMMUNICATOR_BLOCK.add(
     "arrivals", 8, "arrivals of all ranks at steps, counted at rank 0 (SYNC POINT collective-arrival)"
@@ -101,6 +104,8 @@ CS_CHUNK = COLLECTIVE_STATE.add("chunk_bytes", 8, "bytes of a part that go in on
 CS_LARGEST = COLLECTIVE_STATE.add("largest", 8, "alltoallv: size of the largest part that this rank sends")
 CS_EXPOSED = COLLECTIVE_STATE.add("exposed", 8, "1 if the others read the input of this rank where it lies")
 CS_CLOSES = COLLECTIVE_STATE.add("closes", 8, "1 if the last step moves nothing: it says that the inputs were read")
+CS_TABLE = COLLECTIVE_STATE.add("table", 8, "alltoallv: address of int64 [columns][ranks], see `TABLE_COLUMNS`")
+CS_CAME = COLLECTIVE_STATE.add("came", 8, "alltoallv: rows that came from all ranks together")
 CS_TAKES = COLLECTIVE_STATE.add("takes", 8, "alltoallv: 1 if what comes is what was expected, and has room")
 CS_METER = COLLECTIVE_STATE.add("meter", 8, "address of [kinds][ranks][2] int64: units and bytes moved; 0 for none")
 
@@ -120,9 +125,6 @@ PL_INLINE = PLAN.add("inline", 8, "1: parts travel in the records")
 PL_EXPOSE = PLAN.add("expose_bytes", 8, "from so many bytes on an input in the own segment is not staged")
 PL_HALF = PLAN.add("half", 8, "distance of the two halves of the staging area")
 PL_RESULTS = PLAN.add("results", 8, "two steps: where results start in a half; alltoallv: where sizes do")
-PL_TABLE = PLAN.add("table", 8, "alltoallv: address of int64 [columns][ranks], see `TABLE_COLUMNS`")
-PL_DTYPE = PLAN.add("dtype", 8, "address of the dtype object of input and output")
-PL_ARRAY_TYPE = PLAN.add("array_type", 8, "address of the type object of arrays")
 PL_X_BYTES = PLAN.add("x_bytes", 8, "bytes of the input; -1: there is none")
 PL_OUT_BYTES = PLAN.add("out_bytes", 8, "bytes of the output; -1: there is none, or it is the input")
 PL_IN_PLACE = PLAN.add("in_place", 8, "where in the output the input may lie; -1: nowhere")

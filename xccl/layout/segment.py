@@ -3,7 +3,7 @@
     +-----------------+ 0
     | header          |  who owns this, how large it is, is it ready
     +-----------------+ CONTROL_OFFSET
-    | control area    |  doorbell, abort word, barrier, agreement records (one pair a rank)
+    | control area    |  doorbell, abort word, barrier
     +-----------------+ app_offset
     | app data area   |  the user's symmetric arrays and signals
     +-----------------+ metadata_offset
@@ -27,7 +27,7 @@ from .ring import ANSWER_BYTES, FIELD_BYTES, MAX_LANES, REFUSAL_BYTES, SLOT_HEAD
 #: "XCCLSEG1" as a little-endian integer.
 MAGIC = int.from_bytes(b"XCCLSEG1", "little")
 #: Raised with every change of any layout.
-LAYOUT_VERSION = 4
+LAYOUT_VERSION = 5
 PAGE_BYTES = 4096
 
 HEADER = Record("segment header", "Written once by the owner; `ready` is published last (SYNC POINT segment-ready).")
@@ -91,18 +91,9 @@ ABORT_EXCEPTION = 1
 ABORT_DIED = 2
 ABORT_INTERRUPT = 3
 
-AGREEMENT = Record(
-    "agreement record",
-    "What one rank passes to a collective call, for every rank to compare the arguments of all. Two a peer, used in "
-    "turn: a rank is at most one agreement ahead of any other.",
-)
-AGREE_EPOCH = AGREEMENT.add("epoch", 8, "number of the agreement, published last (SYNC POINT agreement)")
-AGREE_MAX_VALUES = 31
-AGREE_VALUES = AGREEMENT.add("values", AGREE_MAX_VALUES * 8, "kind of call, then its arguments")
-
 CONTROL_OFFSET = HEADER.size_bytes
-#: Where the agreement records start, from the start of the segment: [ranks][2].
-AGREEMENT_OFFSET = CONTROL_OFFSET + CONTROL.size_bytes
+#: What every rank maps of a segment before it knows more of it.
+CONTROL_END = CONTROL_OFFSET + CONTROL.size_bytes
 
 EXPERT_METADATA_BYTES = 64 << 20
 
@@ -128,7 +119,7 @@ class Geometry:
     @property
     def app_offset(self) -> int:
         """Start of the app data area."""
-        return align_up(AGREEMENT_OFFSET + self.ranks * 2 * AGREEMENT.size_bytes, PAGE_BYTES)
+        return align_up(CONTROL_END, PAGE_BYTES)
 
     @property
     def fixed_bytes(self) -> int:
@@ -174,10 +165,6 @@ class Geometry:
     def total_bytes(self) -> int:
         """Size of a segment."""
         return self.heap_offset + align_up(self.heap_bytes, PAGE_BYTES)
-
-    def agreement_offset(self, peer: int, epoch: int) -> int:
-        """Where `peer` writes its part of agreement number `epoch`."""
-        return AGREEMENT_OFFSET + (2 * peer + epoch % 2) * AGREEMENT.size_bytes
 
     def data_fields_offset(self, peer: int) -> int:
         """Where `peer`, as a sender, writes its fields: [MAX_LANES] of 32 bytes."""

@@ -5,8 +5,8 @@ Rules
   others so, waits until all others have told it, and then reads what it needs from where the others have staged it. One
   such step is a full mesh: no rank passes on what it got from another.
 - Parts of at most INLINE_BYTES travel inside of the messages by which ranks tell each other.
-- "mesh": one step, or as many as the staging area makes necessary. What is reduced, is reduced by each rank that wants
-  it, from the data of all ranks where they lie, in the order of ranks.
+- "mesh": one step for small parts. Larger ones are cut into pieces of a size that stays in a core's cache. What is
+  reduced, is reduced by each rank that wants it, from the data of all ranks where they lie, in the order of ranks.
 - "two-step" (allreduce, broadcast): of each window each rank reduces (or reads from the root) a slice, and passes it
   on: reduce-scatter and allgather. A step carries the results of the window before and the operands of the next one,
   so there is one step more than windows.
@@ -57,6 +57,10 @@ ALGORITHMS: Final = ("mesh", "two-step")
 #: The most that each half of a rank's staging area holds, and those of all ranks together.
 _STAGE_BYTES: Final = 8 << 20
 _STAGES_BYTES: Final = 1 << 30
+#: What a rank stages in a step stays in its core's cache, where the others find it: the whole staging area would not.
+#: A step costs as much as copying some 10 KiB, more if ranks share a core, so there is a least size for a part.
+_STEP_BYTES: Final = 128 << 10
+_LEAST_PART_BYTES: Final = 32 << 10
 #: For each rank: staging so many bytes takes as long as a step.
 _EXPOSE_BYTES: Final = 8 << 10
 _LINE: Final = 64
@@ -169,6 +173,7 @@ def cut(kind: Kind, ranks: int, n_bytes: int, algorithm: str = "auto", half_byte
     places = ranks if flow.parts else 1
     sizes_bytes = aligned_part(8 * ranks) if kind == "alltoallv" else 0
     chunk_bytes = (half_bytes - sizes_bytes) // places // _LINE * _LINE
+    chunk_bytes = min(chunk_bytes, max(_STEP_BYTES // places, _LEAST_PART_BYTES))
     if kind != "alltoallv":
         chunk_bytes = min(chunk_bytes, max(aligned_part(n_bytes), _LINE))
     # A single record says the same to all ranks.
@@ -190,6 +195,7 @@ def _expose_bytes(kind: Kind, ranks: int, *, inline: bool = False) -> int:
 def _cut_in_two(ranks: int, n_bytes: int, half_bytes: int) -> Cut:
     # A window, and behind it the results of a slice of one.
     window_bytes = (half_bytes - _LINE) * ranks // (ranks + 1) // _LINE * _LINE
+    window_bytes = min(window_bytes, max(2 * _STEP_BYTES, ranks * _LEAST_PART_BYTES))
     window_bytes = min(window_bytes, max(aligned_part(n_bytes), _LINE))
     steps = 1 + -(-n_bytes // window_bytes)
     used_bytes = window_bytes + -(-window_bytes // (_LINE * ranks)) * _LINE
