@@ -107,7 +107,7 @@ def test_routings(routing: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", ["expanded", "dedup"])
-@pytest.mark.parametrize("protocol", ["pull", "push"])
+@pytest.mark.parametrize("protocol", ["pull", "push", "direct"])
 def test_moe_of_experts_that_ranks_do_not_divide(protocol: str, rows: str, tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     options = ["--ranks", "3", "--protocol", protocol, "--rows", rows, "--json", str(path)]

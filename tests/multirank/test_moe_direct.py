@@ -118,8 +118,11 @@ def test_outputs_are_read_where_they_lie(fabric: str) -> None:
         d = r.dispatch(rank, ep)
         places = [
             d.tokens,
+            ep.empty_outputs(d),
+            ep.empty_outputs(d),
             symmetric[:n_bytes].view(FP32).reshape(-1, SHAPE.hidden),
             np.empty_like(d.tokens),
+            ep.empty_outputs(d),  # the third at once
             symmetric[1 : n_bytes + 1].view(FP32).reshape(-1, SHAPE.hidden),  # elements across words
             comm.empty((16 * 3 * 3, SHAPE.hidden), FP32).peer((rank + 1) % comm.size)[: len(d.tokens)],
         ]
@@ -136,7 +139,33 @@ def test_outputs_are_read_where_they_lie(fabric: str) -> None:
 
     for rank, copied in enumerate(launch(main, 3, fabric)):
         rows = len(r.outs[rank])
-        assert copied == [(0, 0)] * 2 + [(rows, rows * 4 * SHAPE.hidden)] * 3
+        assert copied == [(0, 0)] * 4 + [(rows, rows * 4 * SHAPE.hidden)] * 4
+
+
+def test_partial_sums_are_not_copied(fabric: str) -> None:
+    """Those of deduplicated rows; and they are the caller's while it keeps them."""
+    shape = replace(SHAPE, rows="dedup")
+    rounds = [shape.round(i, RAGGED) for i in range(6)]
+
+    def main(comm: xccl.Communicator) -> list[bool]:
+        ep, rank = shape.expert_parallel(comm), comm.rank
+        held = []
+        with comm.trace() as recorder:
+            for i, r in enumerate(rounds):
+                assert r.partials is not None
+                d = r.dispatch(rank, ep)
+                sums = ep.reduce_local(r.outs[rank], d)
+                if i % 2:
+                    held.append((sums, r.partials[rank]))
+                assert_same(ep.combine(sums, d), r.ys[rank])
+                del sums
+                for k in range(len(held)):
+                    assert_same(*held[k])
+        return [any(e.stage == "return" for e in operation.entries) for operation in recorder.named("combine")]
+
+    for rank, copied in enumerate(launch(main, 3, fabric)):
+        # Two are held from the fourth round on.
+        assert copied == [False] * 4 + [len(r.dispatched[rank].tokens) > 0 for r in rounds[4:]]
 
 
 def test_outputs_may_be_overwritten_when_combine_returns(fabric: str) -> None:

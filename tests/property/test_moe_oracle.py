@@ -110,6 +110,15 @@ def sessions(draw: st.DrawFn) -> Session:
         4, Shape(10, 65, 16, 9, FP32, "none", "pull", "dedup", True), [(8, [9, 0, 4, 9], "any bits", 0.1, False)] * 2
     )
 )
+@example(
+    session=Session(
+        5,
+        Shape(7, 66, 8, 9, FP16, "int8", "direct", "dedup", True),
+        [(9, [9, 0, 4, 9, 1], "any bits", 0.1, True)] * 5,
+        5,
+    )
+)
+@example(session=Session(3, Shape(4, 33, 5, 20, FP32, "none", "direct"), [(10, [20, 0, 7], "wide", 0.1, True)] * 3))
 @example(session=Session(7, Shape(7, 5, 1, 0, BF16, "int8"), [(6, [0] * 7, "normal", 0.0, False)] * 2))
 @settings(max_examples=200)
 @pytest.mark.timeout(110)

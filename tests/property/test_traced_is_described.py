@@ -278,6 +278,8 @@ def described_calls(case: MoeCase, rounds: list[Round]) -> list[tuple[str, Descr
         if shape.protocol == "push":
             options["in_turn"] = name != before
         if name == "combine":
+            if shape.protocol == "direct":
+                options["in_place"] = shape.rows == "dedup"  # partial sums lie where peers read them
             found.append((name, described.combine(routing, shared_expert=shape.shared, **options)))
         else:
             found.append((name, described.dispatch(routing, quant=quant, cached=call == "repeat", **options)))

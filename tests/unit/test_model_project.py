@@ -98,7 +98,7 @@ def test_lanes_of_a_message() -> None:
     "words",
     [
         {"operation": "gather", "ranks": 8, "tokens": 8},
-        {"operation": "dispatch", "ranks": 8, "tokens": 8, "experts": 12},
+        {"operation": "dispatch", "ranks": 8, "tokens": 8, "experts": 4},
         {"operation": "dispatch", "ranks": 8, "tokens": 8, "protocol": "carrier pigeon"},
     ],
 )

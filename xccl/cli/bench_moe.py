@@ -116,7 +116,8 @@ class Moe(Operation):
         d = _stripped(self.dispatch(x, topk_idx, weights))
         received, sent = len(d.source), d.routing.sent
         dispatch_bytes, combine_bytes = sent * row_bytes, received * hidden * itemsize
-        expert_out = self.output_buffer(received)
+        expert_out = self.ep.empty_outputs(d)
+        expert_out[...] = 0
 
         def round_trip() -> None:
             self.combine(expert_out, self.dispatch(x, topk_idx, weights), weights)

@@ -65,14 +65,17 @@ def describe_step(
         "item_bytes": DTYPE_OF[CODE_BY_NAME[options.dtype]].itemsize,
         "rows": "dedup" if options.rows == "dedup" else "expanded",
     }
-    protocol: Any = moe_direct if options.protocol == "direct" else moe
+    protocol: Any = moe
+    lying: dict[str, bool] = {}
+    if options.protocol == "direct":
+        protocol, lying = moe_direct, {"in_place": True}  # in `ExpertParallel.empty_outputs`
     if options.protocol == "push":
         protocol = moe_push
         # Dispatch after dispatch, or combine after combine, is out of turn; a round trip is not.
         common["in_turn"] = op == "moe"
     make: dict[str, Callable[[], Description]] = {
         "dispatch": lambda: protocol.dispatch(routing, quant=_quant(options), **common),
-        "combine": lambda: protocol.combine(routing, **common),
+        "combine": lambda: protocol.combine(routing, **common, **lying),
     }
     return [make[name]() for name in (("dispatch", "combine") if op == "moe" else (op,))]
 

@@ -89,7 +89,6 @@ class Routing:
     Attributes:
         address: of the record.
         tokens: that this rank sends.
-        sent: rows that this rank sends.
         known: what the dispatch that this one repeats has brought besides tokens; None if it repeats none.
         idx: experts of each token, int64 [tokens, top_k], until they are sent; None if it repeats another one.
         gates: with deduplicated rows, their weights, float32 [tokens, top_k], until they are sent.
@@ -117,7 +116,7 @@ class Routing:
         self._head += shape.head
         self._places: npt.NDArray[np.int64] | None = None
         self.tokens = tokens
-        self.sent = 0
+        self._destinations = ranks if destinations is None else destinations
         self.known: Known | None = None
         self.idx: npt.NDArray[np.int64] | None = None
         self.gates: npt.NDArray[np.float32] | None = None
@@ -130,7 +129,7 @@ class Routing:
         routing._arrays, routing._start, routing._places = first._arrays, first._start, first._places
         routing._head = first._head.copy()
         routing.address = address_of(routing._head)
-        routing.tokens, routing.sent = first.tokens, first.sent
+        routing.tokens, routing._destinations = first.tokens, first._destinations
         routing.known = Known(handle.counts, handle.source, handle.index, handle.weights)
         routing.idx = routing.gates = None
         return routing
@@ -150,6 +149,11 @@ class Routing:
     def root(self) -> int:
         """Epoch of the dispatch that made this routing."""
         return int(self._head[layout.RT_ROOT // 8])
+
+    @property
+    def sent(self) -> int:
+        """Rows that this rank sends."""
+        return int(self.part(layout.RT_SENT_ROWS, self._destinations + 1)[-1])
 
     @property
     def groups(self) -> int:

@@ -252,7 +252,8 @@ class ExpertParallel:
         Args:
             expert_out: [n, hidden] in the dtype of this object, in the order of `dispatched.tokens`. With deduplicated
                 rows these are sums over the local experts of each row; see `reduce_local`. The direct protocol copies
-                them, unless they lie in this rank's segment: in `dispatched.tokens`, or in a symmetric array.
+                them, unless they lie in this rank's segment: in `dispatched.tokens`, in `empty_outputs`, or in a
+                symmetric array.
             dispatched: what the dispatch returned; all ranks pass the one of the same dispatch.
             topk_weights: float [tokens, top_k]; used as float32. None with deduplicated rows.
             shared_out: [tokens, hidden] in the dtype of this object, the output of a shared expert on this rank, added
@@ -295,6 +296,29 @@ class ExpertParallel:
             raise
         return y
 
+    def empty_outputs(self, dispatched: Dispatched) -> npt.NDArray[Any]:
+        """Memory for what is combined, where no protocol has to copy it if that can be helped; local.
+
+        Args:
+            dispatched: what the dispatch returned.
+
+        Returns:
+            An uninitialised array [n, hidden] in the dtype of this object, the caller's for as long as it keeps it. By
+            the direct protocol the first two that are held at once lie where peers read them in place.
+
+        Raises:
+            UsageError: `dispatched` belongs to another object.
+            CapacityError: there is no memory.
+        """
+        self._require_usable()
+        self._require_own(dispatched, "dispatched")
+        rows = dispatched.routing.rows
+        lent = self._protocol.empty_outputs(rows)
+        if lent is not None:
+            return lent
+        private: npt.NDArray[Any] = self._pool.take((rows, self._shape.hidden), self._shape.dtype)
+        return private
+
     def reduce_local(self, expert_out: npt.NDArray[Any], dispatched: Dispatched) -> npt.NDArray[Any]:
         """Sum what this rank's experts have made of each deduplicated row; local.
 
@@ -318,7 +342,7 @@ class ExpertParallel:
         expert_out = check_outputs(expert_out, (entries, shape.hidden), shape.dtype)
         if entries and not 0 <= index["row"].min() <= index["row"].max() < rows:
             raise UsageError(f"dispatched.index was changed: it names rows beyond the {rows} there are", bound=rows)
-        partials: npt.NDArray[Any] = self._pool.take((rows, shape.hidden), shape.dtype)
+        partials = self.empty_outputs(dispatched)
         scratch = np.empty(rows + 1 + 4 * entries, np.int64)
         kernels.reduce_local.call(
             shape.code, shape.hidden, shape.return_bytes, rows, entries, address_of(index), address_of(weights),

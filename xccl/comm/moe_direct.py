@@ -20,7 +20,7 @@ Rules
     await-rows: until all have told this rank.
 - Combine c, stages:
     return: the experts' outputs are copied to the own managed area, in one piece; nothing, if they lie in the own
-           segment already: in the dispatched slot, or in a symmetric array;
+           segment already: in the dispatched slot, in the outputs that it lends, or in a symmetric array;
     announce: where they are, and, last, c (SYNC POINT direct-returns);
     await-ready: those of all ranks;
     reduce: the rows of each token are summed where they lie, in slot order, in float32;
@@ -46,7 +46,6 @@ depend on timing.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -57,18 +56,17 @@ import numpy.typing as npt
 
 from ..kernels import copy, moe_direct as kernels, wait, words
 from ..layout import moe_direct as layout
-from ..layout.moe import INDEX_DTYPE, RT_ARRIVING, SOURCE_DTYPE
-from ..layout.moe_direct import DIRECT_FIELD_BYTES, SLOTS, DirectBlocks, direct_blocks
-from ..layout.record import align_up
-from ..layout.segment import PAGE_BYTES
+from ..layout.moe import RT_ARRIVING
+from ..layout.moe_direct import DIRECT_FIELD_BYTES, DirectBlocks, direct_blocks
 from . import traced_moe
 from .buffers import address_of
-from .core import Core, Waiting
+from .core import Waiting
 from .dispatched import Dispatched, Outputs, Routing
 from .managed import Part, Reservation
 from .moe_input import bad_choice
 from .moe_protocol import MoeProtocol
 from .moe_shape import MoeShape
+from .slots import OutputArrays, Slots, any_held
 from .steps import Steps
 
 _DISPATCH = ("count", "announce", "await-counts", "plan", "write", "notify", "await-rows")
@@ -107,11 +105,12 @@ class Direct(MoeProtocol):
         heap = self._reserved.block
         self._segment_bytes = self._core.fabric.segment_bytes
         self._fields = self._own_segment + self._reserved.fields
-        self._slots = _Slots(self._core, shape, blocks, heap + blocks.slots)
+        self._slots = Slots(self._core, shape, blocks, heap + blocks.slots)
+        self._outputs = OutputArrays(self._core, shape, blocks, heap + blocks.outputs)
         # What the caller holds stays as it is when everything else is given back.
-        self._core.lent[heap] = partial(_any_held, self._slots.raws)
+        self._core.lent[heap] = partial(any_held, self._slots.raws, self._outputs.raws)
         self._returns_offset = heap + blocks.returns
-        self._returns = Part(self._core, self._returns_offset, blocks.total_bytes - blocks.returns)
+        self._returns = Part(self._core, self._returns_offset, blocks.outputs_bytes)
         self._direct = np.zeros(layout.DIRECT.size_bytes // 8, np.int64)
         self._direct_address = address_of(self._direct)
         for offset, value in {
@@ -218,6 +217,10 @@ class Direct(MoeProtocol):
         self._combines = epoch
         steps.finish(traced_moe.direct_combined, self._shape, routing, shared_out is not None, copied=copied != 0)
 
+    def empty_outputs(self, rows: int) -> npt.NDArray[Any] | None:
+        """See `MoeProtocol.empty_outputs`: where peers can read it; None if the caller holds all there are."""
+        return self._outputs.take(rows)
+
     def _lies_here(self, expert_out: npt.NDArray[Any], y: npt.NDArray[Any]) -> bool:
         """May peers read it where it is: whole in the own segment, and not where the result goes?"""
         address, n_bytes = address_of(expert_out), expert_out.nbytes
@@ -314,86 +317,3 @@ def blocks_of(shape: MoeShape) -> DirectBlocks:
         ranks=shape.ranks, experts=shape.num_experts, max_tokens=shape.max_tokens, top_k=shape.top_k,
         row_bytes=shape.row_bytes, return_bytes=shape.return_bytes, int8=shape.is_int8, dedup=shape.is_dedup,
     )  # fmt: skip
-
-
-class _Slots:
-    """Parts of the managed area that hold the results of dispatches.
-
-    Args:
-        core: of this rank.
-        shape: of the ExpertParallel object.
-        blocks: what a slot has where.
-        start: offset of slot 0 in every segment.
-
-    Attributes:
-        offsets: of each slot in every segment.
-        capacities: rows for which there is memory in each of the own ones.
-        raws: all bytes of each of the own ones; every view of a result, and every view of a view, has one as its base.
-    """
-
-    def __init__(self, core: Core, shape: MoeShape, blocks: DirectBlocks, start: int) -> None:
-        self._core = core
-        self._shape = shape
-        self._blocks = blocks
-        self.offsets = [start + i * blocks.slot_bytes for i in range(SLOTS)]
-        self.capacities = [0] * SLOTS
-        self.raws = [core.fabric.view(core.rank, offset, blocks.slot_bytes) for offset in self.offsets]
-        self._most_rows = shape.ranks * shape.max_tokens * (1 if shape.is_dedup else shape.top_k)
-        #: Of each part: where it is in a slot, and its bytes for a row.
-        self._parts = [(0, shape.row_bytes), (blocks.source, SOURCE_DTYPE.itemsize)]
-        if shape.is_int8:
-            self._parts.append((blocks.scales, 4))
-        if shape.is_dedup:
-            self._parts += [(blocks.index, INDEX_DTYPE.itemsize * shape.top_k), (blocks.weights, 4 * shape.top_k)]
-
-    def choose(self) -> tuple[int, bool]:
-        """A slot to which nobody refers, and whether it may be given away: there is another one."""
-        found = -1
-        for slot in range(SLOTS):
-            if _references(self.raws, slot) == _REFERENCES_TO_A_FREE_SLOT:
-                if found >= 0:
-                    return found, True
-                found = slot
-        return found, False
-
-    def rows(self, slot: int, routing: Routing) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32] | None]:
-        """Tokens and scales that have come to a slot."""
-        n, raw, shape = routing.rows, self.raws[slot], self._shape
-        tokens: npt.NDArray[Any] = np.ndarray((n, shape.hidden), shape.token_dtype, raw)
-        return tokens, np.ndarray(n, np.float32, raw, self._blocks.scales) if shape.is_int8 else None
-
-    def origins(
-        self, slot: int, routing: Routing
-    ) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void] | None, npt.NDArray[np.float32] | None]:
-        """Source records that have come to a slot; with deduplicated rows, index and weights, too."""
-        raw, blocks, entries = self.raws[slot], self._blocks, routing.entries
-        source: npt.NDArray[np.void] = np.ndarray(routing.rows, SOURCE_DTYPE, raw, blocks.source)
-        if not self._shape.is_dedup:
-            return source, None, None
-        index: npt.NDArray[np.void] = np.ndarray(entries, INDEX_DTYPE, raw, blocks.index)
-        return source, index, np.ndarray(entries, np.float32, raw, blocks.weights)
-
-    def back(self, rank: int, offset: int, rows: int) -> None:
-        """Back a slot of a rank with memory for so many rows, and a quarter more.
-
-        Raises:
-            CapacityError: there is no memory.
-        """
-        rows = min(rows + rows // 4, self._most_rows)
-        for start, each_bytes in self._parts:
-            self._core.fabric.commit(rank, offset + start, align_up(rows * each_bytes, PAGE_BYTES))
-        if rank == self._core.rank:
-            self.capacities[self.offsets.index(offset)] = rows
-
-
-def _references(raws: list[npt.NDArray[np.uint8]], slot: int) -> int:
-    """How many refer to a slot: the list does, and as many as a call makes of it, which is Python's affair."""
-    return sys.getrefcount(raws[slot])
-
-
-_REFERENCES_TO_A_FREE_SLOT = _references([np.empty(1, np.uint8)], 0)
-
-
-def _any_held(raws: list[npt.NDArray[np.uint8]]) -> bool:
-    """Does anybody refer to any slot?"""
-    return any(_references(raws, slot) > _REFERENCES_TO_A_FREE_SLOT for slot in range(SLOTS))

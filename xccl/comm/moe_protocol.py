@@ -80,6 +80,14 @@ class MoeProtocol(ABC):
             y: [tokens, hidden], the result.
         """
 
+    def empty_outputs(self, rows: int) -> npt.NDArray[Any] | None:
+        """Memory for the outputs of experts, [rows, hidden], if any is better than private one; else None.
+
+        Raises:
+            CapacityError: there is no memory.
+        """
+        return None
+
     def _route(self, routing: Routing) -> None:
         """Find out which rows go where, if the routing is new.
 
@@ -89,9 +97,9 @@ class MoeProtocol(ABC):
         if routing.idx is None:
             return
         router = kernels.route_dedup if self._shape.is_dedup else kernels.route
-        routing.sent = router.call(self.state_address, routing.address, address_of(routing.idx))
-        if routing.sent < 0:
-            raise bad_choice(routing.idx, -1 - routing.sent, self._shape.num_experts)
+        rows = router.call(self.state_address, routing.address, address_of(routing.idx))
+        if rows < 0:
+            raise bad_choice(routing.idx, -1 - rows, self._shape.num_experts)
 
     @abstractmethod
     def free(self) -> None:

@@ -13,10 +13,13 @@ Managed block:
     | slot 1 ...               |
     +--------------------------+ returns
     | returned rows            |  [most rows][hidden * item size], in the order of the dispatched rows
+    +--------------------------+ outputs
+    | outputs 0                |  the same, for the caller to write into
+    | outputs 1 ...            |
     +--------------------------+
 
-A slot holds the result of one dispatch for as long as the caller does. Address space is reserved for the worst case;
-memory is taken for what comes.
+A slot holds the result of one dispatch for as long as the caller does, and so do outputs. Address space is reserved for
+the worst case; memory is taken for what comes.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ from .segment import PAGE_BYTES
 
 #: Results of an object that may lie in its slots: all but one of them, which takes what comes when those are held.
 SLOTS: Final = 4
+#: Arrays for the experts' outputs that may lie where peers read them.
+OUTPUTS: Final = 2
 
 DIRECT_FIELD = Record("direct field", "One for each peer, written by the peer.")
 DF_COUNTED = DIRECT_FIELD.add("counted", 8, "epoch of the dispatch that it has counted (SYNC POINT direct-counts)")
@@ -73,6 +78,8 @@ class DirectBlocks:
         index: of a slot.
         weights: of a slot.
         returns: returned rows.
+        outputs: outputs 0.
+        outputs_bytes: distance between outputs.
         total_bytes: all of it; counts come first.
     """
 
@@ -83,6 +90,8 @@ class DirectBlocks:
     index: int
     weights: int
     returns: int
+    outputs: int
+    outputs_bytes: int
     total_bytes: int
 
 
@@ -105,6 +114,9 @@ def direct_blocks(
     scales, source, index, weights, slot_bytes = ends[1:]
     slots = align_up(4 * (experts + ranks), PAGE_BYTES)
     returns = slots + SLOTS * slot_bytes
+    outputs_bytes = align_up(rows * return_bytes, PAGE_BYTES)
+    outputs = returns + outputs_bytes
     return DirectBlocks(
-        slots, slot_bytes, scales, source, index, weights, returns, returns + align_up(rows * return_bytes, PAGE_BYTES)
-    )
+        slots, slot_bytes, scales, source, index, weights, returns, outputs, outputs_bytes,
+        total_bytes=outputs + OUTPUTS * outputs_bytes,
+    )  # fmt: skip

@@ -1,0 +1,135 @@
+"""Memory of the managed area that is handed to the caller, and used again when nobody refers to it any more."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..layout.moe import INDEX_DTYPE, SOURCE_DTYPE
+from ..layout.moe_direct import OUTPUTS, SLOTS, DirectBlocks
+from ..layout.record import align_up
+from ..layout.segment import PAGE_BYTES
+from .core import Core
+from .dispatched import Routing
+from .managed import Part
+from .moe_shape import MoeShape
+
+
+class Slots:
+    """Parts of the managed area that hold the results of dispatches.
+
+    Args:
+        core: of this rank.
+        shape: of the ExpertParallel object.
+        blocks: what a slot has where.
+        start: offset of slot 0 in every segment.
+
+    Attributes:
+        offsets: of each slot in every segment.
+        capacities: rows for which there is memory in each of the own ones.
+        raws: all bytes of each of the own ones; every view of a result, and every view of a view, has one as its base.
+    """
+
+    def __init__(self, core: Core, shape: MoeShape, blocks: DirectBlocks, start: int) -> None:
+        self._core = core
+        self._shape = shape
+        self._blocks = blocks
+        self.offsets = [start + i * blocks.slot_bytes for i in range(SLOTS)]
+        self.capacities = [0] * SLOTS
+        self.raws = [core.fabric.view(core.rank, offset, blocks.slot_bytes) for offset in self.offsets]
+        self._most_rows = shape.ranks * shape.max_tokens * (1 if shape.is_dedup else shape.top_k)
+        #: Of each part: where it is in a slot, and its bytes for a row.
+        self._parts = [(0, shape.row_bytes), (blocks.source, SOURCE_DTYPE.itemsize)]
+        if shape.is_int8:
+            self._parts.append((blocks.scales, 4))
+        if shape.is_dedup:
+            self._parts += [(blocks.index, INDEX_DTYPE.itemsize * shape.top_k), (blocks.weights, 4 * shape.top_k)]
+
+    def choose(self) -> tuple[int, bool]:
+        """A slot to which nobody refers, and whether it may be given away: there is another one."""
+        found = -1
+        for slot in range(SLOTS):
+            if _is_free(self.raws, slot):
+                if found >= 0:
+                    return found, True
+                found = slot
+        return found, False
+
+    def rows(self, slot: int, routing: Routing) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32] | None]:
+        """Tokens and scales that have come to a slot."""
+        n, raw, shape = routing.rows, self.raws[slot], self._shape
+        tokens: npt.NDArray[Any] = np.ndarray((n, shape.hidden), shape.token_dtype, raw)
+        return tokens, np.ndarray(n, np.float32, raw, self._blocks.scales) if shape.is_int8 else None
+
+    def origins(
+        self, slot: int, routing: Routing
+    ) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void] | None, npt.NDArray[np.float32] | None]:
+        """Source records that have come to a slot; with deduplicated rows, index and weights, too."""
+        raw, blocks, entries = self.raws[slot], self._blocks, routing.entries
+        source: npt.NDArray[np.void] = np.ndarray(routing.rows, SOURCE_DTYPE, raw, blocks.source)
+        if not self._shape.is_dedup:
+            return source, None, None
+        index: npt.NDArray[np.void] = np.ndarray(entries, INDEX_DTYPE, raw, blocks.index)
+        return source, index, np.ndarray(entries, np.float32, raw, blocks.weights)
+
+    def back(self, rank: int, offset: int, rows: int) -> None:
+        """Back a slot of a rank with memory for so many rows, and a quarter more.
+
+        Raises:
+            CapacityError: there is no memory.
+        """
+        rows = min(rows + rows // 4, self._most_rows)
+        for start, each_bytes in self._parts:
+            self._core.fabric.commit(rank, offset + start, align_up(rows * each_bytes, PAGE_BYTES))
+        if rank == self._core.rank:
+            self.capacities[self.offsets.index(offset)] = rows
+
+
+class OutputArrays:
+    """Parts of the managed area into which the caller writes the outputs of experts.
+
+    Args:
+        core: of this rank.
+        shape: of the ExpertParallel object.
+        blocks: says how far they are apart.
+        start: offset of the first in every segment.
+
+    Attributes:
+        raws: all bytes of each; see `Slots`.
+    """
+
+    def __init__(self, core: Core, shape: MoeShape, blocks: DirectBlocks, start: int) -> None:
+        self._shape = shape
+        offsets = [start + i * blocks.outputs_bytes for i in range(OUTPUTS)]
+        self.raws = [core.fabric.view(core.rank, offset, blocks.outputs_bytes) for offset in offsets]
+        self._parts = [Part(core, offset, blocks.outputs_bytes) for offset in offsets]
+
+    def take(self, rows: int) -> npt.NDArray[Any] | None:
+        """An uninitialised array [rows, hidden] in one to which nobody refers; None if there is none."""
+        for i, part in enumerate(self._parts):
+            if _is_free(self.raws, i):
+                part.grow(rows * self._shape.return_bytes)
+                found: npt.NDArray[Any] = np.ndarray((rows, self._shape.hidden), self._shape.dtype, self.raws[i])
+                return found
+        return None
+
+
+def _references(raws: list[npt.NDArray[np.uint8]], i: int) -> int:
+    """How many refer to one of them: the list does, and as many as a call makes of it, which is Python's affair."""
+    return sys.getrefcount(raws[i])
+
+
+_REFERENCES_TO_A_FREE_ONE = _references([np.empty(1, np.uint8)], 0)
+
+
+def _is_free(raws: list[npt.NDArray[np.uint8]], i: int) -> bool:
+    """Does nobody refer to it?"""
+    return _references(raws, i) == _REFERENCES_TO_A_FREE_ONE
+
+
+def any_held(*lists: list[npt.NDArray[np.uint8]]) -> bool:
+    """Does anybody refer to any of them?"""
+    return any(not _is_free(raws, i) for raws in lists for i in range(len(raws)))
