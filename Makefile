@@ -9,13 +9,16 @@ STAMP  := $(VENV)/.stamp
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO = --ranks 8 --tokens 128 --hidden 7168 --experts 256 --topk 8 --dtype bf16 --quant int8
 
+# PyPI's torch, for gloo, may bring several GB of CUDA: `make peers PEERS=peers` goes without.
+PEERS ?= peers,gloo
+
 # The documentation's theme prints a notice about its successor.
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint types layers format coverage docs serve clean help
+.PHONY: demo test bench peers lint types layers format coverage docs serve clean help
 
 demo: $(STAMP)-base ## DeepSeek-R1's expert-parallel exchange on 8 emulated dies, checked
 	$(BIN)/xccl bench moe $(DEMO)
@@ -25,6 +28,9 @@ test: $(STAMP)-test ## all tests, and the benchmarks as plain tests
 
 bench: $(STAMP)-bench ## benchmarks, saved under .benchmarks for --benchmark-compare
 	$(BIN)/python -m pytest bench --benchmark-autosave
+
+peers: $(STAMP)-$(PEERS) ## xccl beside Open MPI, MPICH, gloo and multiprocessing, 13 minutes
+	$(BIN)/python -m bench.peers
 
 lint: $(STAMP)-lint ## style, format, types, layers
 	$(BIN)/ruff check

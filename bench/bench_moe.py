@@ -16,7 +16,8 @@ SHAPES = pytest.mark.parametrize(
     [(ranks, tokens, "int8", "pull", "expanded") for ranks in (2, 4, 8) for tokens in (8, 128)]
     + [(8, tokens, "none", "pull", "expanded") for tokens in (8, 128)]
     + [(ranks, tokens, "int8", "push", "expanded") for ranks in (2, 8) for tokens in (8, 128)]
-    + [(8, 128, "int8", protocol, "dedup") for protocol in ("pull", "push")],
+    + [(8, 128, "int8", protocol, "dedup") for protocol in ("pull", "push", "direct")]
+    + [(ranks, tokens, "none", "direct", "expanded") for ranks in (2, 8) for tokens in (8, 128)],
 )
 
 

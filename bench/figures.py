@@ -2,8 +2,8 @@
 
 All are emulated times, measured on this machine: nothing here says anything about UB links. A figure is the median of
 blocks of operations, in the best of three passes. A ratio is xccl's cost over the peer's (time, or the inverse of
-bandwidth): below 1 xccl is faster. The peers' figures come from another machine of the same kind (see `bench.peers`);
-the rows "copy in one process" and "Python spin" are there to tell how much this one differs.
+bandwidth): below 1 xccl is faster. The peers' figures come from another machine of the same kind (see
+`bench.peers.published`); the rows "copy in one process" and "Python spin" tell how much this one differs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 import xccl
-from bench import figures_ranks as ranks_code, peers
+from bench import figures_ranks as ranks_code
 from bench.figures_start import interpreters
+from bench.peers import published as peers
 from xccl.cli.environment import environment
 
 _HERE: Final = "here"

@@ -7,8 +7,6 @@ part of the shortest of them. All buffers begin at a page, and two ranks are pin
 from __future__ import annotations
 
 import gc
-import mmap
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 import xccl
+from bench.peers.on_xccl import Target
+from bench.peers.work import page_aligned, pin
 from xccl.kernels.copy import copy
 from xccl.protocol.routing import make_routing
 
@@ -28,20 +28,6 @@ Times = npt.NDArray[np.float64]
 _WARMUP_BLOCKS = 2
 _HIDDEN = 7168
 _TOP_K = 8
-
-
-def page_aligned(n_bytes: int) -> npt.NDArray[np.uint8]:
-    """[n_bytes] bytes that begin at a page and are backed by memory."""
-    array = np.frombuffer(mmap.mmap(-1, max(n_bytes, 1)), np.uint8)[:n_bytes]
-    array[:] = 1
-    return array
-
-
-def _pin(comm: xccl.Communicator) -> None:
-    """Give each rank a core of its own, if there are enough."""
-    cores = sorted(os.sched_getaffinity(0))
-    if comm.size <= len(cores):
-        os.sched_setaffinity(0, {cores[comm.rank]})
 
 
 def _timed(
@@ -65,15 +51,6 @@ def _timed(
     return times
 
 
-class _Target:
-    """A symmetric array of bytes, from the first page boundary on."""
-
-    def __init__(self, comm: xccl.Communicator, n_bytes: int) -> None:
-        self.array = comm.empty(n_bytes + mmap.PAGESIZE, np.uint8)
-        self.offset = -self.array.addresses[comm.rank] % mmap.PAGESIZE  # the same at all ranks: segments begin at pages
-        self.array.local[:] = 1
-
-
 # -- latency ----------------------------------------------------------------------------------------------------------
 
 _ROUND_TRIPS = 50
@@ -82,8 +59,8 @@ _LATENCY_BLOCKS = 200
 
 def put_signal_latency(comm: xccl.Communicator, n_bytes: int) -> Times:
     """Half a round trip of put_signal and wait_until."""
-    _pin(comm)
-    target, signals, source = _Target(comm, n_bytes), comm.signals(1), page_aligned(n_bytes)
+    pin(comm.rank, comm.size)
+    target, signals, source = Target(comm, n_bytes), comm.signals(1), page_aligned(n_bytes)
     array, offset, peer = target.array, target.offset, 1 - comm.rank
     epoch = 0
 
@@ -106,7 +83,7 @@ def put_signal_latency(comm: xccl.Communicator, n_bytes: int) -> Times:
 
 def send_recv_latency(comm: xccl.Communicator, n_bytes: int) -> Times:
     """Half a round trip of send and recv."""
-    _pin(comm)
+    pin(comm.rank, comm.size)
     source, destination, peer = page_aligned(n_bytes), page_aligned(n_bytes), 1 - comm.rank
 
     def ping() -> None:
@@ -127,8 +104,8 @@ def python_spin_latency(comm: xccl.Communicator, n_bytes: int) -> Times:
 
     Right on x86 only, where stores are not reordered. It is here to compare machines.
     """
-    _pin(comm)
-    target, flags, source = _Target(comm, n_bytes), comm.empty(1, np.int64), page_aligned(n_bytes)
+    pin(comm.rank, comm.size)
+    target, flags, source = Target(comm, n_bytes), comm.empty(1, np.int64), page_aligned(n_bytes)
     flags.local[:] = 0
     comm.barrier()
     peer = 1 - comm.rank
@@ -164,8 +141,8 @@ _STREAM_BLOCKS = 30
 
 def put_stream(comm: xccl.Communicator, n_bytes: int) -> Times:
     """A put of rank 0 to rank 1, of many to the same place with one quiet; rank 1 sleeps meanwhile."""
-    _pin(comm)
-    target, source = _Target(comm, n_bytes), page_aligned(n_bytes)
+    pin(comm.rank, comm.size)
+    target, source = Target(comm, n_bytes), page_aligned(n_bytes)
     array, offset = target.array, target.offset
     window = max(4, min(200, (64 << 20) // n_bytes))
 
@@ -180,7 +157,7 @@ def put_stream(comm: xccl.Communicator, n_bytes: int) -> Times:
 
 def isend_stream(comm: xccl.Communicator, n_bytes: int) -> Times:
     """A message of rank 0 to rank 1, of a window of isends and irecvs of the same buffer."""
-    _pin(comm)
+    pin(comm.rank, comm.size)
     buffer = page_aligned(n_bytes)
     window = max(4, min(32, (64 << 20) // n_bytes))
 
@@ -195,7 +172,7 @@ def isend_stream(comm: xccl.Communicator, n_bytes: int) -> Times:
 
 def one_copy(comm: xccl.Communicator, n_bytes: int) -> Times:
     """A copy from private to private memory in one process: no rank can be faster. Run it on one rank."""
-    _pin(comm)
+    pin(comm.rank, comm.size)
     source, destination = page_aligned(n_bytes), page_aligned(n_bytes)
     addresses = destination.ctypes.data, source.ctypes.data
     window = max(4, min(200, (64 << 20) // n_bytes))
@@ -212,7 +189,7 @@ def one_copy(comm: xccl.Communicator, n_bytes: int) -> Times:
 
 def barriers(comm: xccl.Communicator) -> Times:
     """A barrier, back to back."""
-    _pin(comm)
+    pin(comm.rank, comm.size)
     count = 100
 
     def block() -> None:
@@ -245,7 +222,7 @@ class MoeResult:
 
 def moe(comm: xccl.Communicator, shape: MoeShape) -> MoeResult:
     """Dispatch and combine back to back. The experts' outputs are prepared once, and not timed."""
-    _pin(comm)
+    pin(comm.rank, comm.size)
     rng = np.random.default_rng((0, comm.rank))
     bf16 = np.dtype(ml_dtypes.bfloat16)
     ep = xccl.ExpertParallel(

@@ -35,7 +35,7 @@ def fabric(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(params=["pull", "push"], scope="module")
+@pytest.fixture(params=["pull", "push", "direct"], scope="module")
 def protocol(request: pytest.FixtureRequest) -> str:
     """Name of a protocol of dispatch and combine; a test that asks for it runs with each."""
     name: str = request.param

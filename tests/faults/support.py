@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -92,6 +93,19 @@ def disaggregated_loop(comm: xccl.Communicator) -> Callable[[], object]:
     return step
 
 
+def direct_loop(comm: xccl.Communicator) -> Callable[[], object]:
+    """Dispatch and combine in turn, and a repetition whose rows go to another slot."""
+    ep, x, idx, weights = _expert_parallel(comm, "direct")
+    dispatched = ep.dispatch(x, idx)
+    out = dispatched.tokens.astype(ml_dtypes.bfloat16)
+
+    def step() -> None:
+        ep.combine(out, ep.dispatch(x, idx), weights)
+        ep.combine(out, ep.dispatch(x, handle=dispatched), weights)
+
+    return step
+
+
 def push_loop(comm: xccl.Communicator) -> Callable[[], object]:
     """Dispatch and combine in turn, and then one of each out of turn."""
     ep, x, idx, weights = _expert_parallel(comm, "push")
@@ -108,6 +122,26 @@ def push_loop(comm: xccl.Communicator) -> Callable[[], object]:
     return step
 
 
+def kv_loop(comm: xccl.Communicator) -> Callable[[], object]:
+    """A ring of requests, layer by layer, by DMA engines and by the ranks themselves in turn."""
+    layers, pages = 3, 32
+    kv = xccl.KVTransfer(comm, comm.empty((layers, pages, 1 << 12), np.uint8))
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    numbers = itertools.count()
+
+    def step() -> None:
+        number = next(numbers)
+        receive = kv.irecv(range(pages // 2), left, number)
+        send = kv.isend(range(pages // 2, pages), right, number, by_layer=True, engine=("dma", "mte")[number % 2])
+        for layer in range(layers):
+            send.ready(layer)
+        receive.wait_layer(0)
+        receive.wait()
+        send.wait()
+
+    return step
+
+
 LOOPS = {
     "barrier": barrier_loop,
     "sendrecv": sendrecv_loop,
@@ -115,6 +149,8 @@ LOOPS = {
     "combine": combine_loop,
     "disaggregated": disaggregated_loop,
     "push": push_loop,
+    "kv": kv_loop,
+    "direct": direct_loop,
 }
 
 

@@ -234,6 +234,47 @@ def test_push(fabric: str, calls: str, stops_at: str, step: str) -> None:
     assert error.seen == error.expected - (1 if stops_at == "send" else error.expected)
 
 
+@pytest.mark.parametrize(
+    ("operation", "stops_at", "stage"),
+    [
+        ("dispatch", "announce", "await-counts"),
+        ("dispatch", "notify", "await-rows"),
+        ("combine", "announce", "await-ready"),
+        ("combine", "release", "await-read"),
+    ],
+)
+@pytest.mark.parametrize("watched", [False, True])
+def test_direct(fabric: str, operation: str, stops_at: str, stage: str, watched: bool) -> None:
+    """Rank 1 stops before a rank may go on; each wait has the whole deadline, in one call of the kernel as in several."""
+
+    def main(comm: xccl.Communicator) -> xccl.WaitTimeout | None:
+        ep = xccl.ExpertParallel(comm, **EXPERTS, protocol="direct")
+        x, idx, weights = np.zeros((2, 8), np.float32), np.array([[0], [5]]), np.ones((2, 1), np.float32)
+        d = ep.dispatch(x, idx) if operation == "combine" else None
+
+        def call() -> object:
+            return ep.dispatch(x, idx) if d is None else ep.combine(d.tokens, d, weights)
+
+        call()
+        comm.barrier()
+        if comm.rank == 1:
+            ep.on_step = lambda _, name: time.sleep(TIMEOUT_S + 0.3 if name == stops_at else 0.0)
+            with contextlib.suppress(xccl.PeerDied):
+                call()
+            return None
+        comm.op_timeout_s = TIMEOUT_S
+        if watched:
+            ep.on_step = lambda operation, step: None
+        with pytest.raises(xccl.WaitTimeout) as caught:
+            call()
+        return caught.value
+
+    error = xccl.launch(main, 2, fabric=fabric, timeout_s=PATIENCE_S)[0]
+    assert error.operation == f"{operation}, {stage} (of all ranks)"
+    assert (error.rank, error.peer, error.timeout_s) == (0, 1, TIMEOUT_S)
+    assert (error.event, error.expected, error.seen) == (2, 2, 1)
+
+
 def test_after_a_timeout_in_the_middle_the_object_says_so(fabric: str) -> None:
     """What was given up in the middle cannot be used again, and never hangs."""
 

@@ -248,6 +248,40 @@ outcome(main, 2)
     assert_says_how_much(found["seen"]["1"], 280 * 7168 * 4 if whose == "of its own" else 1024 * 7168 * 4)
 
 
+def test_direct_rows_that_do_not_fit(small_shm: tuple[str, ...]) -> None:
+    """Ranks find out together when all have counted: none writes, and the object says that it cannot be used again."""
+    found = run(
+        small_shm,
+        """
+def main(comm):
+    ep = xccl.ExpertParallel(
+        comm, num_experts=2, hidden=7168, top_k=1, max_tokens=512, dtype=np.float32, protocol="direct", quant="none"
+    )
+    tokens = 512 if comm.rank == 1 else 0
+    errors = []
+    for _ in range(2):
+        try:
+            ep.dispatch(np.zeros((tokens, 7168), np.float32), np.zeros((tokens, 1), int))
+        except xccl.XcclError as error:
+            errors.append(error)
+    comm.report(numbers(errors[0]))
+    comm.barrier()
+    other = xccl.ExpertParallel(
+        comm, num_experts=2, hidden=7168, top_k=1, max_tokens=512, dtype=np.float32, protocol="direct", quant="none"
+    )
+    d = other.dispatch(np.full((4, 7168), comm.rank, np.float32), np.zeros((4, 1), int))
+    return str(errors[1]), float(d.tokens.sum())
+outcome(main, 2)
+""",
+    )
+    assert found["raised"] is None
+    for said, _ in found["result"]:
+        assert "unusable" in said
+    assert [total for _, total in found["result"]] == [4 * 7168.0, 0.0]
+    for rank in "01":
+        assert_says_how_much(found["seen"][rank], 512 * 7168 * 4)
+
+
 def test_the_first_send_of_a_pair(small_shm: tuple[str, ...]) -> None:
     """A ring is made then, and not before."""
     found = run(

@@ -25,7 +25,7 @@ from tests.faults.support import (
 from xccl.fabric.shm import ShmFabric
 from xccl.runtime import processes
 
-#: 6 operations x 5 seeds x 5 kills = 150 kills.
+#: 7 operations x 5 seeds x 5 kills = 175 kills.
 SEEDS = range(5)
 KILLS = 5
 

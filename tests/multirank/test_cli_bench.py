@@ -51,6 +51,20 @@ def test_bytes_between_neighbours(op: str, fabric: str, tmp_path: Path) -> None:
         assert result["algbw_gbps"] == pytest.approx(size / result["time_us"]["p50"] / 1e3)
 
 
+@pytest.mark.parametrize("engine", ["dma", "mte"])
+@pytest.mark.parametrize("fabric", ["shm", "local"])
+def test_kv(fabric: str, engine: str, tmp_path: Path) -> None:
+    """The bytes of a row are those of a pair; what ran is what is described."""
+    path = tmp_path / "results.json"
+    options = ["--blocks", "5", "--layers", "3", "--engine", engine, "--fabric", fabric, "--project", "cm384@64"]
+    done = run("bench", "kv", "--ranks", "4", *options, *SMALL, "--json", str(path))
+    assert (done.returncode, done.stderr) == (0, "")
+    for result, size in zip(results_of(path), (8, 512, 32768), strict=True):
+        assert (result["op"], result["ranks"], result["bytes"], result["wrong"]) == ("kv", 4, 15 * size, 0)
+        assert result["projected"]["ranks"] == 64
+        assert list(result["projected"]["stages"]) == ["announce", "push", "notify", "await-layers"]
+
+
 @pytest.mark.parametrize("fabric", ["shm", "local"])
 def test_barrier(fabric: str) -> None:
     done = run("bench", "barrier", "--ranks", "3", "--fabric", fabric, "-n", "5")

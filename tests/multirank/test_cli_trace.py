@@ -27,6 +27,7 @@ OPERATIONS = [
     ["put", "-e", "4K", "-f", "512"],
     ["get", "-e", "4K", "-f", "512"],
     ["put-signal", "-e", "8"],
+    ["kv", "--ranks", "4", "-b", "64", "-e", "4K", "-f", "64", "--blocks", "5", "--layers", "2"],
     ["sendrecv", "--ranks", "3", "-e", "128K", "-f", "128", "--lanes", "5"],
     ["barrier", "--ranks", "3"],
     ["moe", *MOE],

@@ -433,7 +433,7 @@ def test_the_same_bits_on_every_run_fabric_and_protocol(quant: reference.Quant) 
     runs = [
         launch(main, 4, fabric, args=(protocol,))
         for fabric in ("shm", "local")
-        for protocol in ("pull", "push")
+        for protocol in ("pull", "push", "direct")
         for _ in range(3)
     ]
     assert all(run == runs[0] for run in runs)

@@ -1,7 +1,7 @@
 """No operation overwrites what a slow peer still reads: each rank in turn is slow at each step of dispatch and of
 combine.
 
-The proofs are in `xccl.comm.moe_pull` and `xccl.comm.moe_push`; this is the experiment. All operations follow one
+The proofs are in `xccl.comm.moe_pull`, `moe_push` and `moe_direct`; this is the experiment. All operations follow one
 another without a barrier, every one has other data, and all results are checked bit for bit. While one rank sleeps
 before a step, the others run ahead as far as the protocol lets them, since a step takes them microseconds. (Without the
 wait for peers that still pull, or the round before an operation that comes out of turn, these tests fail: the next
@@ -28,6 +28,8 @@ STEPS = {
     ("pull", "combine"): PULL,
     ("push", "dispatch"): ("send", "notify", "await-flags", "assemble"),
     ("push", "combine"): ("send", "flag", "await-flags", "reduce"),
+    ("direct", "dispatch"): ("count", "announce", "await-counts", "plan", "write", "notify", "await-rows"),
+    ("direct", "combine"): ("return", "announce", "await-ready", "reduce", "release", "await-read"),
 }
 #: Besides, in a push operation that comes out of turn.
 ROUND = ("release", "await-taken")
@@ -36,7 +38,7 @@ BACK_TO_BACK = 4
 
 SHAPES = {
     protocol: Shape(num_experts=7, hidden=130, top_k=4, max_tokens=16, quant="int8", protocol=protocol)
-    for protocol in ("pull", "push")
+    for protocol in ("pull", "push", "direct")
 }
 SHAPE = SHAPES["pull"]
 #: Dense ones, and sparse ones, in which some ranks have nothing for each other and so wait for each other less.
@@ -148,7 +150,11 @@ def test_a_slow_rank_reads_what_was_meant_for_it(
 
 def test_two_slow_ranks_and_a_fast_one(fabric: str, protocol: str) -> None:
     """One rank is slow to read and another slow to write, all the time: the fast one is held back by both."""
-    reading, writing = {"pull": ("pull", "write"), "push": ("assemble", "send")}[protocol]
+    reading, writing = {
+        "pull": ("pull", "write"),
+        "push": ("assemble", "send"),
+        "direct": ("plan", "write"),
+    }[protocol]
     slow_at = {0: ("dispatch", reading), 1: ("dispatch", writing), 2: None}
 
     def main(comm: xccl.Communicator) -> None:
@@ -164,7 +170,7 @@ def test_two_slow_ranks_and_a_fast_one(fabric: str, protocol: str) -> None:
     launch(main, RANKS, fabric)
 
 
-@pytest.mark.parametrize("number", range(len(PULL)))
+@pytest.mark.parametrize("number", range(max(map(len, STEPS.values()))))
 def test_a_rank_that_stops_at_a_step_is_waited_for(fabric: str, protocol: str, number: int) -> None:
     """A long stop, much longer than the time in which a rank goes from spinning to sleeping."""
 

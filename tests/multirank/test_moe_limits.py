@@ -173,12 +173,13 @@ def test_bad_buffer_bytes(fabric: str) -> None:
             {"protocol": ("pull", "push")[comm.rank]},
             {"rows": ("expanded", "dedup")[comm.rank]},
             {"protocol": "shove"},
+            {"protocol": "auto", "buffer_bytes": needed},
             {"rows": "some"},
         ]
         return [error_of(xccl.ExpertParallel, comm, **(PUSH | changes)) for changes in tries]
 
     for errors in launch(main, 2, fabric):
-        assert [type(error) for error in errors] == [UsageError] * 9
+        assert [type(error) for error in errors] == [UsageError] * 10
         assert "ranks disagree in buffer_bytes" in str(errors[4])
         assert "ranks disagree in protocol" in str(errors[5])
         assert "ranks disagree in rows" in str(errors[6])

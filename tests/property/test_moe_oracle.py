@@ -83,7 +83,7 @@ def sessions(draw: st.DrawFn) -> Session:
         max_tokens=draw(st.sampled_from([needed, max(needed, most)])),
         dtype=draw(st.sampled_from(FLOATS)),
         quant=draw(st.sampled_from(["int8", "none"])),
-        protocol=draw(st.sampled_from(["pull", "push"])),
+        protocol=draw(st.sampled_from(["pull", "push", "direct"])),
         rows=draw(st.sampled_from(["expanded", "dedup"])),
         shared=draw(st.booleans()),
     )

@@ -17,7 +17,7 @@ from hypothesis import example, given, settings, strategies as st
 import xccl
 from tests.multirank.support import BF16, FLOATS, Round, Shape, launch
 from xccl.layout.ring import MAX_LANES
-from xccl.protocol import moe, moe_push, onesided, p2p
+from xccl.protocol import moe, moe_direct, moe_push, onesided, p2p
 from xccl.protocol.counts import RoutingCounts
 from xccl.protocol.stage import Description, Entry
 from xccl.trace.record import Operation, Recorder
@@ -252,7 +252,7 @@ def moe_cases(draw: st.DrawFn) -> MoeCase:
         max_tokens=20,
         dtype=draw(st.sampled_from(FLOATS)),
         quant=draw(st.sampled_from(["int8", "none"])),
-        protocol=draw(st.sampled_from(["pull", "push"])),
+        protocol=draw(st.sampled_from(["pull", "push", "direct"])),
         rows=draw(st.sampled_from(["expanded", "dedup"])),
         shared=draw(st.booleans()),
     )
@@ -268,6 +268,7 @@ def described_calls(case: MoeCase, rounds: list[Round]) -> list[tuple[str, Descr
     quant: moe.Quant = "int8" if shape.quant == "int8" else "none"
     rows: moe.Rows = "dedup" if shape.rows == "dedup" else "expanded"
     common = {"hidden": shape.hidden, "item_bytes": shape.dtype.itemsize, "rows": rows}
+    described: Any = {"pull": moe, "push": moe_push, "direct": moe_direct}[shape.protocol]
     number, before = -1, "combine"
     for call in case.calls:
         number += call == "dispatch"
@@ -277,11 +278,9 @@ def described_calls(case: MoeCase, rounds: list[Round]) -> list[tuple[str, Descr
         if shape.protocol == "push":
             options["in_turn"] = name != before
         if name == "combine":
-            make = moe_push.combine if shape.protocol == "push" else moe.combine
-            found.append((name, make(routing, shared_expert=shape.shared, **options)))
+            found.append((name, described.combine(routing, shared_expert=shape.shared, **options)))
         else:
-            make = moe_push.dispatch if shape.protocol == "push" else moe.dispatch
-            found.append((name, make(routing, quant=quant, cached=call == "repeat", **options)))
+            found.append((name, described.dispatch(routing, quant=quant, cached=call == "repeat", **options)))
         before = name
     return found
 
@@ -291,6 +290,9 @@ def described_calls(case: MoeCase, rounds: list[Round]) -> list[tuple[str, Descr
     case=MoeCase(Shape(num_experts=3, quant="int8"), [[0, 0, 0], [5, 0, 16]], 0, False, ["dispatch", "combine"] * 2)
 )
 @example(case=MoeCase(Shape(num_experts=1, dtype=BF16), [[7]], 1, True, ["dispatch", "combine"]))
+@example(
+    case=MoeCase(Shape(num_experts=5, protocol="direct", rows="dedup"), [[7, 0, 3]], 1, True, ["dispatch", "repeat"])
+)
 @example(case=MoeCase(Shape(num_experts=2, protocol="push"), [[7, 0, 3]], 1, True, ["dispatch"] * 2 + ["combine"] * 2))
 @given(case=moe_cases())
 def test_dispatch_and_combine(fabric: str, case: MoeCase) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from xccl._version import __version__
-from xccl.cli import bench
+from xccl.cli import bench, bench_peer
 from xccl.cli.bench_ops import BENCHMARKS
 from xccl.cli.deployment import Deployment
 from xccl.cli.main import main
@@ -146,6 +146,10 @@ def test_all_options_of_a_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("bench put -b x", "'x' is not a size"),
         ("bench put -f 1", "1 must be at least 2"),
         ("bench sendrecv --lanes 49", "49 must be from 1 to 48"),
+        ("bench kv --ranks 3", "--ranks is 3: kv needs pairs, so an even number"),
+        ("bench kv -b 0", "--min-bytes is 0: a block has 1 byte or more"),
+        ("bench kv --blocks 0", "0 must be at least 1"),
+        ("bench kv --project cm384@3", "kv is projected on pairs of ranks, not on 3"),
         ("bench put --dtype int4", "invalid choice: 'int4'"),
         ("bench put --fabric mpi", "invalid choice: 'mpi'"),
         ("bench put --timeout 0", "0 must be a number of seconds above 0"),
@@ -180,6 +184,63 @@ def test_usage_errors_are_one_line_and_status_2(words: str, message: str, capsys
     assert err.count("\n") == 1
     assert message in err
     assert err.startswith("xccl")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("get --peer openmpi", "get has no counterpart in other libraries"),
+        ("put --peer gloo -n 3 --no-check", "--peer does not go with --iters, --no-check"),
+        ("moe --peer mpich --protocol push --csv x", "--peer does not go with --csv, --protocol"),
+        ("barrier --peer mpich --json -", "give --json a file"),
+        ("barrier --peer lam", "invalid choice"),
+    ],
+)
+def test_what_does_not_go_with_a_peer(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = main(["bench", *words.split()])
+    except SystemExit as leaving:
+        status = int(str(leaving.code))
+    error = capsys.readouterr().err
+    assert (status, error.count("\n")) == (2, 1)
+    assert message in error
+
+
+def test_a_peer_needs_the_sources(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_peer, "_SOURCES", tmp_path)
+    assert main(["bench", "barrier", "--peer", "openmpi"]) == 2
+    assert "not beside this installation" in capsys.readouterr().err
+
+
+def test_what_the_comparison_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    class Process:
+        def __init__(self, command: list[str], **_: Any) -> None:
+            commands.append(command[3:])
+
+        def __enter__(self) -> Process:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def wait(self) -> int:
+            return 7
+
+    monkeypatch.setattr(bench_peer.subprocess, "Popen", Process)
+    assert main(["bench", "alltoall", "--peer", "mpich", "--ranks", "4", "-b", "8", "-e", "512", "-f", "8"]) == 7
+    assert (
+        main(["bench", "moe", "--peer", "gloo", "--ranks", "2", "--tokens", "3,5", "--hidden", "64", "--experts", "16"])
+        == 7
+    )
+    common = "--hidden 7168 --experts 256 --minutes"
+    assert " ".join(commands[0]) == f"--only alltoall --peer mpich --ranks 4 {common} 0.45 --sizes 4 16 128"
+    assert " ".join(commands[1]) == (
+        "--only moe --peer gloo --ranks 2 --hidden 64 --experts 16 --minutes 1.00 --sizes 3 5"
+    )
 
 
 def test_version_and_list(capsys: pytest.CaptureFixture[str]) -> None:

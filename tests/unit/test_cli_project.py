@@ -86,6 +86,20 @@ def test_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     assert few["projected"]["time_us"] < many["projected"]["time_us"]
 
 
+def test_kv_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    """The DMA engine is the default; layers and blocks cost time, and the page list next to none."""
+    words = ("kv", "--blocks", "100", "--layers", "10")
+    small, large = projected(capsys, *words, "--bytes", "4K,64K")
+    assert (small["bytes"], small["block_bytes"], small["engine"]) == (1000 * 4096, 4096, "dma")
+    assert small["projected"]["time_us"] < large["projected"]["time_us"]
+    assert large["projected"]["time_us"] > 1000 * 65536 / 196e3  # a die's links, in bytes a microsecond
+    assert large["projected"]["stages"]["push"] > 0.9 * large["projected"]["time_us"]
+    (lanes,) = projected(capsys, *words, "--bytes", "4K", "--engine", "mte")
+    assert lanes["projected"]["time_us"] != small["projected"]["time_us"]
+    assert main(["project", *words]) == 0
+    assert "10 x 100 x 1048576 B" in capsys.readouterr().out
+
+
 def test_stragglers_of_a_round_trip_are_late_once(capsys: pytest.CaptureFixture[str]) -> None:
     """A rank combines as soon as it has dispatched: what it was late by is not in both halves."""
     (even,) = projected(capsys, "moe", "--ep", "8", "--tokens", "64")
@@ -215,6 +229,9 @@ def test_without_matplotlib(
         ("barrier --tokens 1", "--tokens means nothing to barrier"),
         ("put --bytes 99999999T", "99999999T must be at most 1024T"),
         ("sendrecv --lanes 0", "0 must be from 1 to 48"),
+        ("put --blocks 3", "--blocks means nothing to put"),
+        ("kv --lanes 3", "--lanes means nothing to kv"),
+        ("kv --bytes 4M --blocks 1000000 --layers 10000", "10000 layers of 1000000 blocks of 4194304 bytes"),
         ("sendrecv --lanes 2,49", "49 must be from 1 to 48"),
         ("gather", "invalid choice: 'gather'"),
     ],

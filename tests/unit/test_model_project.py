@@ -67,7 +67,7 @@ def test_published_rows_are_read_with_their_units() -> None:
 
 
 @pytest.mark.parametrize("operation", ["dispatch", "combine"])
-@pytest.mark.parametrize("protocol", ["push", "pull"])
+@pytest.mark.parametrize("protocol", ["push", "pull", "direct"])
 def test_more_tokens_and_less_bandwidth_take_longer(operation: str, protocol: str) -> None:
     machine = load_machine("cm384")
     few, many = (describe_moe(operation, ranks=16, tokens=tokens, protocol=protocol) for tokens in (16, 128))

@@ -11,7 +11,7 @@ from xccl.errors import ModelError
 from xccl.model.machine import Machine, load_machine
 from xccl.model.simulate import Timeline, simulate
 from xccl.model.topology import Tier, place
-from xccl.protocol import moe, moe_push, onesided, p2p
+from xccl.protocol import moe, moe_direct, moe_push, onesided, p2p
 from xccl.protocol.counts import RoutingCounts
 from xccl.protocol.stage import Description, Signals, Stage, Waits, ints
 
@@ -31,6 +31,8 @@ def descriptions() -> dict[str, Description]:
         assert len(np.unique(routing.counts)) == 1
         found[f"push-dispatch-{ranks}"] = moe_push.dispatch(routing, hidden=HIDDEN)
         found[f"push-combine-{ranks}"] = moe_push.combine(routing, hidden=HIDDEN)
+        found[f"direct-dispatch-{ranks}"] = moe_direct.dispatch(routing, hidden=HIDDEN)
+        found[f"direct-combine-{ranks}"] = moe_direct.combine(routing, hidden=HIDDEN)
         found[f"pull-dispatch-{ranks}"] = moe.dispatch(routing, hidden=HIDDEN)
         found[f"pull-combine-{ranks}"] = moe.combine(routing, hidden=HIDDEN)
     rng = np.random.default_rng(5)
@@ -181,7 +183,7 @@ def test_send_receive_stops_gaining_at_24_lanes(machine: Machine, peer: int) -> 
 
 
 @pytest.mark.parametrize("operation", ["dispatch", "combine"])
-@pytest.mark.parametrize("protocol", [moe, moe_push], ids=["pull", "push"])
+@pytest.mark.parametrize("protocol", [moe, moe_push, moe_direct], ids=["pull", "push", "direct"])
 def test_results_do_not_depend_on_the_order_of_events(operation: str, protocol: Any, machine: Machine) -> None:
     """Events of one moment are handled by rank: other numbers for the same dies, and so another order, change nothing."""
     ranks, rng = 32, np.random.default_rng(3)

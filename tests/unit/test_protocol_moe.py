@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 
 from tests.unit.described import check, matrix, the_signals, the_transfers, total, written_by
 from xccl.errors import UsageError
-from xccl.protocol import moe, moe_push
+from xccl.protocol import moe, moe_direct, moe_push
 from xccl.protocol.counts import RoutingCounts
 from xccl.protocol.stage import Description
 from xccl.trace.entry import Entry
@@ -20,6 +20,7 @@ from xccl.trace.entry import Entry
 HIDDEN = 16
 #: Two ranks with two experts each. Rank 0: token 0 to experts 0 and 3, token 1 to none. Rank 1: token 0 to 2 twice.
 SMALL = RoutingCounts.from_topk([np.array([[0, 3], [-1, -1]]), np.array([[2, 2]])], 4)
+MAKERS = [make for protocol in (moe, moe_push, moe_direct) for make in (protocol.dispatch, protocol.combine)]
 
 
 def routings() -> st.SearchStrategy[RoutingCounts]:
@@ -172,6 +173,60 @@ def test_push_carries_every_row_once(routing: RoutingCounts, quant: Any, flags_p
     assert written_by(the_signals(dispatched, "notify", "flag"), ranks).tolist() == [expected] * ranks
 
 
+def test_direct_dispatch_by_hand() -> None:
+    described = moe_direct.dispatch(SMALL, hidden=HIDDEN)
+    check(described)
+    assert described.entries(1) == sorted(
+        [
+            Entry("count", "transfer", "counts", 1, -1, 1, 16),
+            *(Entry("announce", "signal", "field", peer, -1, 1, 32) for peer in (0, 1)),
+            *(Entry("await-counts", "wait", "field", peer, -1, 1, 0) for peer in (0, 1)),
+            *(Entry("plan", "transfer", "counts", peer, -1, 1, 16) for peer in (0, 1)),
+            Entry("plan", "work", "scan", 1, -1, 1, 0),
+            Entry("write", "work", "quantise", 1, -1, 1, 2 * HIDDEN),
+            Entry("write", "transfer", "rows", 1, -1, 2, 2 * HIDDEN),
+            Entry("write", "transfer", "scales", 1, -1, 2, 8),
+            Entry("write", "transfer", "sources", 1, -1, 2, 24),
+            *(Entry("notify", "signal", "written", peer, -1, 1, 8) for peer in (0, 1)),
+            *(Entry("await-rows", "wait", "written", peer, -1, 1, 0) for peer in (0, 1)),
+        ]
+    )
+    assert described.stage("write").lane_barrier
+    assert described.payload_bytes.tolist() == [HIDDEN + 4, 0]
+    (entries,) = [e for e in moe_direct.dispatch(SMALL, hidden=HIDDEN, rows="dedup").entries(1) if e.what == "entries"]
+    assert entries == Entry("write", "transfer", "entries", 1, -1, 2, 2 * 16)
+
+
+def test_direct_combine_by_hand() -> None:
+    described = moe_direct.combine(SMALL, hidden=HIDDEN)
+    check(described)
+    assert [e for e in described.entries(0) if e.kind in ("transfer", "work")] == [
+        Entry("reduce", "transfer", "rows", 0, -1, 1, 2 * HIDDEN),
+        Entry("reduce", "transfer", "rows", 1, -1, 1, 2 * HIDDEN),
+        Entry("reduce", "work", "reduce", 0, -1, 2, 2 * 2 * HIDDEN + 2 * 4),
+        Entry("return", "transfer", "rows", 0, -1, 1, 2 * HIDDEN),
+    ]
+    in_place = moe_direct.combine(SMALL, hidden=HIDDEN, in_place=True)
+    check(in_place)
+    assert in_place.entries(0) == [e for e in described.entries(0) if e.stage != "return"]
+    assert described.payload_bytes.tolist() == [0, 2 * HIDDEN]
+
+
+@given(routing=routings(), quant=st.sampled_from(["int8", "none"]), rows=st.sampled_from(["expanded", "dedup"]))
+def test_direct_writes_and_reads_every_row_once(routing: RoutingCounts, quant: Any, rows: Any) -> None:
+    ranks = routing.sources
+    dispatched = moe_direct.dispatch(routing, hidden=8, quant=quant, rows=rows)
+    combined = moe_direct.combine(routing, hidden=8, rows=rows)
+    check(dispatched)
+    check(combined)
+    there, back = the_transfers(dispatched, "write", "rows"), the_transfers(combined, "reduce", "rows")
+    moved = routing.rows if rows == "expanded" else routing.deduplicated
+    assert moved is not None
+    assert matrix(there, ranks, "units").tolist() == moved.tolist()
+    assert matrix(back, ranks, "units").tolist() == moved.T.tolist()
+    assert the_transfers(combined, "return", "rows").units.tolist() == moved.sum(axis=0).tolist()
+
+
 @pytest.mark.parametrize("ep", [8, 32, 256])
 def test_messages_are_those_of_cm384_table_6(ep: int) -> None:
     """Batch 128, top 8: latency times bandwidth of the table, within its rounding and the spread of its rows."""
@@ -189,14 +244,14 @@ def test_buffers_at_320_dies() -> None:
     assert more.dispatch_bytes == more.combine_bytes == 8 * 4 * 8 * 20
 
 
-@pytest.mark.parametrize("make", [moe.dispatch, moe.combine, moe_push.dispatch, moe_push.combine])
+@pytest.mark.parametrize("make", MAKERS)
 def test_tokens_and_experts_are_at_the_same_ranks(make: Callable[..., Description]) -> None:
     routing = RoutingCounts.uniform(2, experts=4, tokens=1, top_k=1, destinations=4)
     with pytest.raises(UsageError):
         make(routing, hidden=8)
 
 
-@pytest.mark.parametrize("make", [moe.dispatch, moe.combine, moe_push.dispatch, moe_push.combine])
+@pytest.mark.parametrize("make", MAKERS)
 def test_all_pairs_of_768_dies_in_less_than_a_second(make: Callable[..., Description]) -> None:
     """590,000 pairs, from the routing arrays to the columns and one rank's entries: about 30 ms on an idle core."""
     idxs = np.random.default_rng(0).integers(0, 768, (768, 128, 8))

@@ -8,6 +8,7 @@ from typing import Final
 
 from xccl._version import __version__
 from xccl.cli import report
+from xccl.cli.bench_peer import PEERS, check_peer, run_peer
 from xccl.cli.options import BenchOptions, add_bench_options, bench_options
 from xccl.errors import ModelError, UsageError
 
@@ -24,6 +25,9 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         "1 if any element is wrong or the run failed, 2 for a usage error."
     )
     add_bench_options(parser)
+    parser.add_argument(
+        "--peer", choices=PEERS, help="instead, measure xccl and this library in turns; needs the source tree"
+    )
     parser.set_defaults(run=run)
 
 
@@ -40,6 +44,9 @@ def run(args: argparse.Namespace) -> int:
         asked = "no operation given" if args.op is None else f"unknown operation {args.op!r}"
         raise UsageError(f"{asked}: one of {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[args.op]
+    if args.peer is not None:
+        check_peer(args)
+        return run_peer(args, bench_options(args, benchmark), benchmark)
     moe = benchmark.sweep == "tokens"
     options = bench_options(args, benchmark)
     if args.memory_check:

@@ -7,6 +7,7 @@ from typing import Final, Literal
 
 from xccl.cli.bench_a2e import A2E
 from xccl.cli.bench_collectives import Collective
+from xccl.cli.bench_kv import KV
 from xccl.cli.bench_moe import Moe
 from xccl.cli.bench_part import Operation
 from xccl.cli.bench_sized import Barrier, Get, Put, PutSignal, SendRecv
@@ -27,6 +28,8 @@ class Benchmark:
         min_ranks: Ranks needed.
         parted: Do sizes stand for a part for each rank?
         is_deployed: Has it the options of a deployment, attention and experts on different dies?
+        in_pairs: Does half of the ranks send to the other half?
+        default_engine: What moves bytes if nothing is asked for.
     """
 
     summary: str
@@ -37,6 +40,8 @@ class Benchmark:
     min_ranks: int = 1
     parted: bool = False
     is_deployed: bool = False
+    in_pairs: bool = False
+    default_engine: str = "mte"
 
     def cases(self, options: BenchOptions) -> list[Case]:
         """The cases of a run, in order."""
@@ -61,6 +66,16 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
     "get": _neighbours("every rank reads from the next", Get, "get"),
     "put-signal": _neighbours("put with a signal, and a wait for the own signal", PutSignal, "put-signal"),
     "sendrecv": _neighbours("every rank sends to the next and receives from the previous", SendRecv, "sendrecv"),
+    "kv": Benchmark(
+        "paged blocks of a KV cache, from prefill to decode ranks",
+        KV,
+        "bytes",
+        ("kv",),
+        default_ranks=2,
+        min_ranks=2,
+        in_pairs=True,
+        default_engine="dma",
+    ),
     "barrier": Benchmark("all ranks meet", Barrier, "nothing", ("barrier",)),
     "dispatch": Benchmark("tokens to the ranks of their experts", Moe, "tokens", ("dispatch",)),
     "combine": Benchmark("expert outputs back, weighted and summed", Moe, "tokens", ("combine",)),

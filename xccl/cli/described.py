@@ -14,7 +14,7 @@ from xccl.errors import UsageError
 from xccl.layout.dtypes import CODE_BY_NAME, DTYPE_OF
 from xccl.layout.ring import MAX_LANES
 from xccl.model.project import whole_experts
-from xccl.protocol import a2e, collectives, moe, moe_push, onesided, p2p
+from xccl.protocol import a2e, collectives, kv, moe, moe_direct, moe_push, onesided, p2p
 from xccl.protocol.collectives import FLOWS, Kind
 from xccl.protocol.counts import RoutingCounts
 from xccl.protocol.routing import make_routing
@@ -49,6 +49,8 @@ def describe_step(
         kind = op.replace("-", "_")
         if kind in FLOWS:
             return [_collective(options, kind, case.size_bytes, ranks)]
+        if op == "kv":
+            return [_kv(options, case.size_bytes, ranks)]
         return _between_neighbours(options, op, case.size_bytes, ranks, pushed)
     if case.tokens is None:
         return [onesided.barrier(ranks, releasing)]
@@ -63,7 +65,7 @@ def describe_step(
         "item_bytes": DTYPE_OF[CODE_BY_NAME[options.dtype]].itemsize,
         "rows": "dedup" if options.rows == "dedup" else "expanded",
     }
-    protocol: Any = moe
+    protocol: Any = moe_direct if options.protocol == "direct" else moe
     if options.protocol == "push":
         protocol = moe_push
         # Dispatch after dispatch, or combine after combine, is out of turn; a round trip is not.
@@ -81,6 +83,8 @@ def require_described(options: BenchOptions, ranks: int) -> None:
     Raises:
         UsageError: the work has no description on so many ranks.
     """
+    if options.op == "kv" and ranks % 2:
+        raise UsageError(f"kv is projected on pairs of ranks, not on {ranks}", value=ranks)
     deployment = options.deployment
     if deployment is None:
         return
@@ -113,6 +117,14 @@ def _between_neighbours(
     if p2p.is_zero_copy(n_bytes, options.mode):
         return [p2p.zero_copy(ranks, here, following, n_bytes, lanes=lanes, engine=engine, pushed=pushed or 0)]
     return [p2p.send_recv(ranks, here, following, n_bytes, lanes=lanes, engine=engine)]
+
+
+def _kv(options: BenchOptions, page_bytes: int, ranks: int) -> Description:
+    prefill = np.arange(ranks // 2)
+    return kv.kv_transfer(
+        ranks, prefill, prefill + ranks // 2, options.blocks, layers=options.layers, page_bytes=page_bytes,
+        engine=options.engine,
+    )  # fmt: skip
 
 
 def _collective(options: BenchOptions, kind: Kind, size_bytes: int, ranks: int) -> Description:

@@ -74,6 +74,8 @@ class BenchOptions:
     deployment: Deployment | None = None
     algorithm: str = "auto"
     reduction: str = "sum"
+    blocks: int = 16
+    layers: int = 4
 
     def iterations(self, case: Case) -> int:
         """Timed iterations: as asked, or 3 with 100 ranks or more, 20 for MoE and large messages, 100 for all else."""
@@ -143,7 +145,7 @@ def add_work_options(parser: argparse.ArgumentParser, iters_help: str = _ITERS_H
         "--lanes", type=whole_number(1, _MAX_LANES), metavar="N", default=default.lanes, help="of a send (default: 2)"
     )
     sized("--mode", choices=("auto", "ring", "zero_copy"), default=default.mode, help="of a send (default: auto)")
-    sized("--engine", choices=("mte", "dma"), default=default.engine, help="of sends and puts (default: mte)")
+    sized("--engine", choices=("mte", "dma"), help="of sends, puts and kv (default: mte, but dma for kv)")
     sized("--dtype", choices=("bf16", "fp16", "fp32"), default=default.dtype, help="of all data (default: bf16)")
 
     sized("--algorithm", choices=("auto", *ALGORITHMS), default=default.algorithm, help="of a collective")
@@ -156,11 +158,18 @@ def add_work_options(parser: argparse.ArgumentParser, iters_help: str = _ITERS_H
     moe("--topk", type=positive, metavar="N", default=default.topk, help="experts of a token (default: 8)")
     moe("--quant", choices=("int8", "none"), default=default.quant, help="of dispatched tokens (default: int8)")
     moe(
-        "--protocol", choices=("pull", "push"), default=default.protocol, help="of dispatch and combine (default: pull)"
+        "--protocol",
+        choices=("pull", "push", "direct"),
+        default=default.protocol,
+        help="of dispatch and combine (default: pull)",
     )
     moe("--rows", choices=("expanded", "dedup"), default=default.rows,
         help="a row for each expert of a token (default), or for each rank that has any")  # fmt: skip
     moe("--routing", metavar="SPEC", default=default.routing, help="uniform, zipf[:S], hot[:K], skew or file:PATH")
+
+    kv = parser.add_argument_group("KV cache (kv), where sizes are those of a block in one layer").add_argument
+    kv("--blocks", type=positive, metavar="N", default=default.blocks, help="of a request (default: 16)")
+    kv("--layers", type=positive, metavar="N", default=default.layers, help="of the pools (default: 4)")
 
     add_deployment_options(parser)
 
@@ -184,6 +193,14 @@ class Needs(Protocol):
     def is_deployed(self) -> bool:
         """Has it the options of a deployment?"""
 
+    @property
+    def in_pairs(self) -> bool:
+        """Does half of the ranks send to the other half?"""
+
+    @property
+    def default_engine(self) -> str:
+        """What moves bytes if nothing is asked for."""
+
 
 def bench_options(args: argparse.Namespace, benchmark: Needs) -> BenchOptions:
     """Complete and check parsed arguments; UsageError says the option, the value and its bound."""
@@ -199,11 +216,19 @@ def bench_options(args: argparse.Namespace, benchmark: Needs) -> BenchOptions:
     values |= {"ranks": ranks, "experts": experts, "traced": int(args.project is not None)}
     if args.warmup is None:
         values["warmup"] = BenchOptions.warmup if ranks < _MANY_RANKS else _WARMUP_MANY_RANKS
+    values["engine"] = args.engine or benchmark.default_engine
     if args.max_bytes is None:
-        values["max_bytes"] = max(args.min_bytes, _default_max_bytes(ranks))
+        messages = ranks * args.blocks * args.layers if benchmark.in_pairs else ranks
+        values["max_bytes"] = max(args.min_bytes, _default_max_bytes(messages))
     options = BenchOptions(**values)
     if options.ranks < min_ranks:
         raise UsageError(f"--ranks is {options.ranks}: {options.op} needs at least {min_ranks}", bound=min_ranks)
+    if benchmark.in_pairs and options.ranks % 2:
+        raise UsageError(
+            f"--ranks is {options.ranks}: {options.op} needs pairs, so an even number", value=options.ranks
+        )
+    if benchmark.in_pairs and options.min_bytes < 1:
+        raise UsageError(f"--min-bytes is {options.min_bytes}: a block has 1 byte or more", value=options.min_bytes)
     if options.min_bytes > options.max_bytes:
         raise UsageError(f"--min-bytes is {options.min_bytes}, more than --max-bytes ({options.max_bytes})")
     if uses_experts:
@@ -214,9 +239,9 @@ def bench_options(args: argparse.Namespace, benchmark: Needs) -> BenchOptions:
     return options
 
 
-def _default_max_bytes(ranks: int) -> int:
+def _default_max_bytes(messages: int) -> int:
     most: int = BenchOptions.max_bytes
-    while most * ranks > _MESSAGES_BYTES:
+    while most > 1 and most * messages > _MESSAGES_BYTES:
         most //= 2
     return most
 

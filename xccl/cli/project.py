@@ -30,6 +30,7 @@ _OPTIONS_OF: Final[dict[str, tuple[str, ...]]] = {
     **dict.fromkeys(("a2e", "e2a"), ("attention", "shared", "trampolines", *_MOE)),
     "sendrecv": ("bytes", "lanes", "engine"),
     **dict.fromkeys(("put", "get"), ("bytes", "engine")),
+    "kv": ("bytes", "blocks", "layers", "engine"),
     "barrier": ("ep",),
 }
 _SCHEMA: Final = 1
@@ -72,8 +73,8 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     experts("--experts", type=positive, metavar="N",
             help="in all (default: 256, or more: a multiple of ranks); a2e, e2a: dies (default: 288)")  # fmt: skip
     experts("--quant", choices=("int8", "none"), default="int8", help="what dispatch sends (default: int8)")
-    experts("--protocol", choices=("push", "pull", "deepep"), default="push",
-            help="CANN's fused push, XCCL's pull, or DeepEP's low-latency kernels (default: push)")  # fmt: skip
+    experts("--protocol", choices=("push", "pull", "direct", "deepep"), default="push",
+            help="CANN's fused push, XCCL's pull, direct, or DeepEP's low-latency kernels (default: push)")  # fmt: skip
     experts("--routing", default=EVEN, metavar="SPEC",
             help="even (default: no imbalance), uniform, zipf[:S], hot[:K], skew or file:PATH")  # fmt: skip
     experts("--attention", type=positive, default=160, metavar="N", help="a2e, e2a: attention dies (default: 160)")
@@ -82,12 +83,20 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     experts("--trampolines", type=whole_number(0), metavar="N",
             help="a2e, e2a: 0 is direct (default: attention dies, if there are enough expert dies)")  # fmt: skip
 
-    sized = parser.add_argument_group("bytes (sendrecv put get barrier)").add_argument
-    sized("--bytes", type=_sizes, default=(1 << 20,), metavar="SIZE[,SIZE...]", help="of a message (default: 1M)")
+    sized = parser.add_argument_group("bytes (sendrecv put get kv barrier)").add_argument
+    sized(
+        "--bytes",
+        type=_sizes,
+        default=(1 << 20,),
+        metavar="SIZE[,SIZE...]",
+        help="of a message, of a block of kv (default: 1M)",
+    )
     sized(
         "--lanes", type=int_list(1, MAX_LANES), default=(2, 48), metavar="N[,N...]", help="of sendrecv (default: 2,48)"
     )
-    sized("--engine", choices=("mte", "dma"), default="mte", help="what moves the bytes (default: mte)")
+    sized("--engine", choices=("mte", "dma"), help="what moves the bytes (default: mte, but dma for kv)")
+    sized("--blocks", type=whole_number(0, 10**6), default=16, metavar="N", help="kv: of a request (default: 16)")
+    sized("--layers", type=whole_number(1, 10**4), default=61, metavar="N", help="kv: of the pools (default: 61)")
 
     output = parser.add_argument_group("output").add_argument
     output("--stages", action="store_true", help="show the time of each stage")
@@ -196,6 +205,8 @@ def _print_table(args: argparse.Namespace, title: str, rows: list[dict[str, Any]
 def _size(row: dict[str, Any]) -> str:
     if "lanes" in row:
         return f"{row['bytes']} B, {row['lanes']} lanes"
+    if "blocks" in row:
+        return f"{row['layers']} x {row['blocks']} x {row['block_bytes']} B"
     if "bytes" in row:
         return f"{row['bytes']} B"
     return f"{row['tokens']} tokens" if "tokens" in row else "-"

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from xccl.cli.project import EVEN
 from xccl.errors import UsageError
-from xccl.model.project import ROUTED_EXPERTS, describe_a2e, describe_moe, describe_send, whole_experts
+from xccl.model.project import ROUTED_EXPERTS, describe_a2e, describe_kv, describe_moe, describe_send, whole_experts
 from xccl.model.topology import place
 
 if TYPE_CHECKING:
     from xccl.model.machine import Machine
     from xccl.protocol.counts import RoutingCounts
-    from xccl.protocol.stage import Description
+    from xccl.protocol.stage import Description, Engine
 
 EXPERT_OPERATIONS: Final = ("dispatch", "combine", "moe")
 APART: Final = ("a2e", "e2a")
@@ -109,16 +109,22 @@ def _routing(
 def _sized_work(args: argparse.Namespace, machine: Machine) -> Iterator[Work]:
     from xccl.protocol.onesided import get, put
 
+    engine: Engine = args.engine or ("dma" if args.op == "kv" else "mte")
     for n_bytes in args.bytes:
         if args.op == "sendrecv":
             for lanes in args.lanes:
-                shape = {"bytes": n_bytes, "lanes": lanes, "engine": args.engine}
-                yield shape, [describe_send(machine, n_bytes=n_bytes, lanes=lanes, engine=args.engine)]
+                shape = {"bytes": n_bytes, "lanes": lanes, "engine": engine}
+                yield shape, [describe_send(machine, n_bytes=n_bytes, lanes=lanes, engine=engine)]
+        elif args.op == "kv":
+            blocks, layers = args.blocks, args.layers
+            shape = {"bytes": layers * blocks * n_bytes, "block_bytes": n_bytes, "blocks": blocks, "layers": layers}
+            described = describe_kv(machine, page_bytes=n_bytes, blocks=blocks, layers=layers, engine=engine)
+            yield {**shape, "engine": engine}, [described]
         else:
             neighbour = int(machine["topology.dies_per_chip"] * machine["topology.chips_per_node"])
             ends = (0, neighbour) if args.op == "put" else (neighbour, 0)
             describe = put if args.op == "put" else get
             yield (
-                {"bytes": n_bytes, "engine": args.engine},
-                [describe(neighbour + 1, *ends, n_bytes, engine=args.engine)],
+                {"bytes": n_bytes, "engine": engine},
+                [describe(neighbour + 1, *ends, n_bytes, engine=engine)],
             )

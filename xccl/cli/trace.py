@@ -27,6 +27,7 @@ _RUN_TIMEOUT_S: Final = 24 * 3600.0
 #: Options that mean something to some operations only, or only where something runs.
 _SIZED: Final = ("min_bytes", "max_bytes", "factor")
 _EXPERTS: Final = ("tokens", "hidden", "experts", "topk", "quant", "protocol", "rows", "routing")
+_KV: Final = ("blocks", "layers")
 _APART: Final = tuple(Deployment.__dataclass_fields__)
 _RUNNING: Final = ("iters", "warmup", "fabric", "check", "timeout_s")
 
@@ -118,6 +119,8 @@ def _refuse_foreign(parser: argparse.ArgumentParser, args: argparse.Namespace, b
         foreign += _EXPERTS
     if benchmark.sweep == "nothing":
         foreign += ("dtype",)
+    if not benchmark.in_pairs:
+        foreign += _KV
     if not benchmark.is_deployed:
         foreign += _APART
     refuse_given(parser, args, foreign, f"means nothing to {args.op}")

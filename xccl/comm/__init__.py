@@ -9,6 +9,8 @@ from .a2e_experts import ExpertBatch
 from .communicator import Communicator
 from .dispatched import Dispatched
 from .expert_loop import ExpertLoop
+from .kv import KVTransfer
+from .kv_requests import KVReceive, KVSend
 from .moe import ExpertParallel
 from .p2p import Request
 from .symmetric import Signals, SymmetricArray
@@ -21,6 +23,9 @@ __all__ = [
     "ExpertBatch",
     "ExpertLoop",
     "ExpertParallel",
+    "KVReceive",
+    "KVSend",
+    "KVTransfer",
     "Request",
     "Signals",
     "SymmetricArray",

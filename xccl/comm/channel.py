@@ -9,7 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ..layout import ring as layout
-from ..layout.ring import KIND_COPY, KIND_RECEIVE, KIND_SEND, MAX_LANES, OPERATION
+from ..layout.ring import (
+    KIND_COPY,
+    KIND_PAGED_RECEIVE,
+    KIND_PAGED_SEND,
+    KIND_RECEIVE,
+    KIND_SEND,
+    MAX_LANES,
+    OPERATION,
+)
 from .core import Core
 
 if TYPE_CHECKING:
@@ -17,6 +25,13 @@ if TYPE_CHECKING:
     from .p2p import Request
 
 _CHUNK = 64
+_NAMES = {
+    KIND_SEND: "send to rank {}",
+    KIND_RECEIVE: "recv from rank {}",
+    KIND_COPY: "copies",
+    KIND_PAGED_SEND: "KV sends",
+    KIND_PAGED_RECEIVE: "KV receives",
+}
 
 
 class OperationRecord:
@@ -67,10 +82,10 @@ class Channel:
         spare: the record for the next blocking call.
     """
 
-    def __init__(self, core: Core, driver: Driver, peer: int, *, kind: int) -> None:
+    def __init__(self, core: Core, driver: Driver, peer: int, *, kind: int, only: int | None = None) -> None:
         self.peer = peer
-        self.sending = kind != KIND_RECEIVE
-        self.name = {KIND_SEND: f"send to rank {peer}", KIND_RECEIVE: f"recv from rank {peer}"}.get(kind, "copies")
+        self.sending = kind not in (KIND_RECEIVE, KIND_PAGED_RECEIVE)
+        self.name = _NAMES[kind].format(peer)
         self.kind = kind
         self.under_way: dict[int, Request] = {}
         self.broken: str | None = None
@@ -80,7 +95,9 @@ class Channel:
         self._slots = np.zeros((2, core.fabric.geometry.ring_slots), np.int64)
         self.address: int = self._state.ctypes.data
         self._set({layout.CH_KIND: kind, layout.CH_OWN_CONTROL: core.control})
-        if kind != KIND_COPY:
+        if only is not None:
+            self._set({layout.CH_ONLY: only + 1})
+        if kind in (KIND_SEND, KIND_RECEIVE):
             self._set_up_ring(kind)
         self.renew_spare()
 

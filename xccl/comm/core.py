@@ -44,7 +44,7 @@ LEFT = "has finished and left the session"
 _MAX_TIMEOUT_S = 1e9
 
 #: Collective calls by name; the number identifies the call in an agreement.
-_CALLS = ("empty", "signals", "free", "ExpertParallel", "close", "Disaggregated", "group")
+_CALLS = ("empty", "signals", "free", "ExpertParallel", "close", "Disaggregated", "group", "KVTransfer")
 
 #: How a rank takes part in an agreement: willingly, without room for it, or with an argument that is impossible.
 _FINE, _FULL, _REFUSED = 0, 1, 2
@@ -109,6 +109,8 @@ class Core:
         self._pid = os.getpid()
         #: Blocks that the communicator has reserved, with their allocators, by offset.
         self.blocks: dict[int, SymmetricAllocator] = {}
+        #: Of those in which results may lie, by offset: does anybody refer to one?
+        self.lent: dict[int, Callable[[], bool]] = {}
         #: `Exchange.tell_all` and `Exchange.refuse` of the communicator, which sets them.
         self.exchange: Callable[[str, list[int]], np.ndarray] = no_exchange
         self.refuse_exchange: Callable[[UsageError], NoReturn] = _raise

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,49 @@ class Known:
     weights: npt.NDArray[np.float32] | None
 
 
+class _RoutingShape(NamedTuple):
+    """What routing records of one size have in common.
+
+    Attributes:
+        words: of the record with its arrays.
+        head: the record, addresses from the record's start.
+        is_address: 1 where the record has one, else 0.
+    """
+
+    words: int
+    head: npt.NDArray[np.int64]
+    is_address: npt.NDArray[np.int64]
+
+
+@lru_cache(maxsize=256)
+def _routing_shape(
+    tokens: int, top_k: int, experts: int, local_experts: int, ranks: int, destinations: int, dedup: bool
+) -> _RoutingShape:
+    runs = ranks * local_experts
+    sizes = {
+        layout.RT_ROW_OF: tokens * top_k,
+        layout.RT_SENT_FIRST: experts + 1,
+        layout.RT_SENT_ROWS: destinations + 1,
+        layout.RT_ENTRY_COUNTS: runs,
+        layout.RT_ENTRY_FIRST: runs,
+        layout.RT_ARRIVING: destinations,
+        layout.RT_GOT_COUNTS: ranks if dedup else 0,
+        layout.RT_GOT_FIRST: ranks if dedup else 0,
+    }
+    head, is_address = np.zeros(_HEAD_WORDS, np.int64), np.zeros(_HEAD_WORDS, np.int64)
+    words = _HEAD_WORDS
+    for offset, size in sizes.items():
+        head[offset // 8] = 8 * words
+        is_address[offset // 8] = 1
+        words += size
+    if not dedup:
+        head[layout.RT_GOT_COUNTS // 8] = head[layout.RT_ENTRY_COUNTS // 8]
+        head[layout.RT_GOT_FIRST // 8] = head[layout.RT_ENTRY_FIRST // 8]
+    head[layout.RT_TOKENS // 8] = tokens
+    head[layout.RT_GROUPS // 8] = 1 if dedup else local_experts
+    return _RoutingShape(words, head, is_address)
+
+
 class Routing:
     """Where each row of one dispatch went and came from: what combine needs to find it again.
 
@@ -47,7 +91,8 @@ class Routing:
         tokens: that this rank sends.
         sent: rows that this rank sends.
         known: what the dispatch that this one repeats has brought besides tokens; None if it repeats none.
-        choices: with deduplicated rows, the experts of each token and their weights, until they are sent.
+        idx: experts of each token, int64 [tokens, top_k], until they are sent; None if it repeats another one.
+        gates: with deduplicated rows, their weights, float32 [tokens, top_k], until they are sent.
     """
 
     def __init__(
@@ -61,32 +106,21 @@ class Routing:
         destinations: int | None = None,
         dedup: bool = False,
     ) -> None:
-        runs = ranks * local_experts
-        sizes = [tokens * top_k, experts + 1, 1 + (ranks if destinations is None else destinations), runs, runs]
-        parts = [
-            layout.RT_ROW_OF, layout.RT_SENT_FIRST, layout.RT_SENT_ROWS, layout.RT_ENTRY_COUNTS, layout.RT_ENTRY_FIRST,
-        ]  # fmt: skip
-        if dedup:
-            sizes += [ranks, ranks]
-            parts += [layout.RT_GOT_COUNTS, layout.RT_GOT_FIRST]
-        self._arrays = np.zeros(_HEAD_WORDS + sum(sizes), np.int64)
-        self._head = self._arrays[:_HEAD_WORDS]
+        shape = _routing_shape(
+            tokens, top_k, experts, local_experts, ranks, ranks if destinations is None else destinations, dedup
+        )
+        self._arrays = np.zeros(shape.words, np.int64)
         self._start: int = address_of(self._arrays)
         self.address = self._start
-        at = _HEAD_WORDS
-        for offset, size in zip(parts, sizes, strict=True):
-            self._head[offset // 8] = self._start + 8 * at
-            at += size
-        if not dedup:
-            self._head[layout.RT_GOT_COUNTS // 8] = self._head[layout.RT_ENTRY_COUNTS // 8]
-            self._head[layout.RT_GOT_FIRST // 8] = self._head[layout.RT_ENTRY_FIRST // 8]
-        self._head[layout.RT_TOKENS // 8] = tokens
-        self._head[layout.RT_GROUPS // 8] = 1 if dedup else local_experts
+        self._head = self._arrays[:_HEAD_WORDS]
+        np.multiply(shape.is_address, self._start, out=self._head)
+        self._head += shape.head
         self._places: npt.NDArray[np.int64] | None = None
         self.tokens = tokens
         self.sent = 0
         self.known: Known | None = None
-        self.choices: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None = None
+        self.idx: npt.NDArray[np.int64] | None = None
+        self.gates: npt.NDArray[np.float32] | None = None
 
     @classmethod
     def again(cls, handle: Dispatched) -> Routing:
@@ -98,7 +132,7 @@ class Routing:
         routing.address = address_of(routing._head)
         routing.tokens, routing.sent = first.tokens, first.sent
         routing.known = Known(handle.counts, handle.source, handle.index, handle.weights)
-        routing.choices = None
+        routing.idx = routing.gates = None
         return routing
 
     @property
@@ -143,7 +177,7 @@ class Routing:
         return self._arrays[start : start + size]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Dispatched:
     """What a rank got from a dispatch.
 
@@ -220,6 +254,11 @@ class Outputs:
                 )  # fmt: skip
         self._tokens, self._scales = tokens, scales
 
+    @property
+    def are_given(self) -> bool:
+        """Has the caller given memory?"""
+        return self._tokens is not None
+
     def require(self, rows: int) -> None:
         """Before anything is sent: is there room for so many rows?
 
@@ -237,16 +276,31 @@ class Outputs:
             counts: entries of each local expert.
         """
         tokens, scales = self._rows(routing.rows)
+        source = index = weights = None
+        if routing.known is None:
+            source = np.empty(routing.rows, SOURCE_DTYPE)
+            if self._shape.is_dedup:
+                index, weights = np.empty(routing.entries, INDEX_DTYPE), np.empty(routing.entries, np.float32)
+        return self.wrap(routing, tokens, scales, counts, source, index, weights)
+
+    def wrap(
+        self,
+        routing: Routing,
+        tokens: npt.NDArray[Any],
+        scales: npt.NDArray[np.float32] | None,
+        counts: npt.NDArray[np.int64] | None,
+        source: npt.NDArray[np.void] | None,
+        index: npt.NDArray[np.void] | None,
+        weights: npt.NDArray[np.float32] | None,
+    ) -> Dispatched:
+        """The result with these parts; all but tokens and scales are of no account if they are known."""
         known = routing.known
         if known is not None:
             return Dispatched(
                 tokens, scales, known.counts, known.source, routing, self.owner, known.index, known.weights
             )
         assert counts is not None
-        source = np.empty(routing.rows, SOURCE_DTYPE)
-        if not self._shape.is_dedup:
-            return Dispatched(tokens, scales, counts, source, routing, self.owner)
-        index, weights = np.empty(routing.entries, INDEX_DTYPE), np.empty(routing.entries, np.float32)
+        assert source is not None
         return Dispatched(tokens, scales, counts, source, routing, self.owner, index, weights)
 
     def _rows(self, n: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32] | None]:

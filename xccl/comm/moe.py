@@ -1,7 +1,7 @@
 """Expert-parallel dispatch and combine.
 
-How rows move is up to a protocol: `xccl.comm.moe_pull` (XDS section 3.2) or `xccl.comm.moe_push` (CM384 §4.2.1). All of
-them give the same bits.
+How rows move is up to a protocol: `xccl.comm.moe_pull` (XDS section 3.2), `xccl.comm.moe_push` (CM384 §4.2.1), or
+`xccl.comm.moe_direct`, which is no paper's. All of them give the same bits.
 
 Rows are expanded, one for each (token, slot) with an expert, or deduplicated, one for each token and rank that has any
 of its experts. Deduplicated rows take their gate weights along: the rank of the experts sums their outputs (in the
@@ -11,9 +11,7 @@ rank's first slot, in float32, rounded again).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +21,8 @@ from ..kernels import moe as kernels
 from .buffers import BufferPool, address_of, require_int
 from .core import Core
 from .dispatched import Dispatched, Outputs, Routing
+from .moe_direct import Direct, blocks_of
 from .moe_input import (
-    bad_choice,
     check_active,
     check_choices,
     check_output,
@@ -41,10 +39,11 @@ from .moe_shape import MoeShape, make_shape
 from .steps import StepHook, Steps
 
 #: Names of protocols; the position stands for the name among ranks.
-PROTOCOLS = (Pull.name, Push.name)
+PROTOCOLS = (Pull.name, Push.name, Direct.name)
+#: Stands for one of them.
+AUTO = "auto"
 
 _MAX_BUFFER_BYTES = 1 << 62
-_Result = TypeVar("_Result")
 
 
 class ExpertParallel:
@@ -62,12 +61,14 @@ class ExpertParallel:
         max_tokens: the most tokens that a rank may dispatch at once; sizes the buffers.
         dtype: bfloat16 (ml_dtypes), float16 or float32.
         quant: "int8" sends rows as INT8 with one float32 scale a token; "none" or None sends them as they are.
-        protocol: "pull" or "push".
+        protocol: "pull", "push", "direct", or "auto" for the fastest one that has room: direct, or pull if the managed
+            area has no address space for direct's slots.
         rows: "expanded", or "dedup" for one row for each token and rank.
         buffer_bytes: of the buffers of the push protocol, as `xccl.buffer_size_hint` counts them; None for what that
             says. More is needed only if tokens name an expert more than once.
 
     Attributes:
+        protocol: the one in use.
         first_expert: the first expert of this rank.
         local_experts: how many it holds.
         on_step: called with (operation, step) before each step; for tests and tools.
@@ -99,7 +100,9 @@ class ExpertParallel:
                 core, num_experts=num_experts, hidden=hidden, top_k=top_k, max_tokens=max_tokens, dtype=dtype,
                 quant=quant, rows=rows,
             )  # fmt: skip
-            self.protocol = require_choice(protocol, "protocol", PROTOCOLS)
+            self.protocol = require_choice(protocol, "protocol", (*PROTOCOLS, AUTO))
+            if self.protocol == AUTO:
+                self.protocol = _fastest(core, shape)
             if buffer_bytes is not None:
                 if self.protocol != Push.name:
                     raise UsageError(f"buffer_bytes is for protocol push, not {self.protocol}", value=buffer_bytes)
@@ -121,9 +124,10 @@ class ExpertParallel:
         self._protocol: MoeProtocol
         if self.protocol == Push.name:
             self._protocol = Push(comm, shape, arguments, buffer_bytes)
+        elif self.protocol == Direct.name:
+            self._protocol = Direct(comm, shape, arguments)
         else:
             self._protocol = Pull(comm, shape, arguments)
-        self._route = kernels.route_dedup if shape.is_dedup else kernels.route
 
     # -- dispatch ---------------------------------------------------------------------------------------------------
 
@@ -152,13 +156,16 @@ class ExpertParallel:
 
         Returns:
             The rows for this rank's experts. Its arrays are the caller's, for as long as it keeps them; of a dispatch
-            that repeats another one, all but tokens and scales are those of the first.
+            that repeats another one, all but tokens and scales are those of the first. By the direct protocol they lie
+            in the managed area, where peers can read what the caller makes of them in place.
 
         Raises:
             UsageError: a dtype, shape or expert is wrong. Nothing was sent; the other ranks wait for this one.
             CapacityError: more tokens than max_tokens, a block that is too small for tokens that name an expert more
                 than once, or no memory. Nothing was sent; the others wait. If `out` is too small for what has come,
-                everything has been sent and received; the error has the result as its attribute `dispatched`.
+                everything has been sent and received; the error has the result as its attribute `dispatched`. By the
+                direct protocol ranks learn only from all counts how much memory they need: if there is none, no rows
+                are sent, and the object cannot be used any more.
             EventMismatch: ranks repeat different dispatches, or not all of them do.
             WaitTimeout, PeerDied, SessionAborted: see `xccl.errors`.
         """
@@ -181,7 +188,12 @@ class ExpertParallel:
                 )  # fmt: skip
             routing = Routing.again(handle)
             outputs.require(routing.rows)
-        result = self._guarded("dispatch", partial(self._protocol.dispatch, x=x, routing=routing, outputs=outputs))
+        steps = Steps(self._core, self.on_step, "dispatch")
+        try:
+            result = self._protocol.dispatch(steps, x, routing, outputs)
+        except BaseException as error:
+            self._give_up("dispatch", steps, error)
+            raise
         if outputs.problem is not None:
             outputs.problem.__dict__["dispatched"] = result
             raise outputs.problem
@@ -214,11 +226,7 @@ class ExpertParallel:
         routing = Routing(
             tokens, shape.top_k, shape.num_experts, shape.local_experts, shape.ranks, dedup=shape.is_dedup
         )
-        routing.sent = self._route.call(self._protocol.state_address, routing.address, address_of(idx))
-        if routing.sent < 0:
-            raise bad_choice(idx, -1 - routing.sent, shape.num_experts)
-        if weights is not None:
-            routing.choices = idx, weights
+        routing.idx, routing.gates = idx, weights
         return x, routing
 
     def _check_x(self, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -243,7 +251,8 @@ class ExpertParallel:
 
         Args:
             expert_out: [n, hidden] in the dtype of this object, in the order of `dispatched.tokens`. With deduplicated
-                rows these are sums over the local experts of each row; see `reduce_local`.
+                rows these are sums over the local experts of each row; see `reduce_local`. The direct protocol copies
+                them, unless they lie in this rank's segment: in `dispatched.tokens`, or in a symmetric array.
             dispatched: what the dispatch returned; all ranks pass the one of the same dispatch.
             topk_weights: float [tokens, top_k]; used as float32. None with deduplicated rows.
             shared_out: [tokens, hidden] in the dtype of this object, the output of a shared expert on this rank, added
@@ -278,12 +287,12 @@ class ExpertParallel:
         result = (routing.tokens, shape.hidden)
         y = self._pool.take(result, shape.dtype) if out is None else check_output(out, result, shape.dtype)
         shared = None if shared_out is None else check_shared(shared_out, result, shape.dtype, y)
-        self._guarded(
-            "combine",
-            partial(
-                self._protocol.combine, expert_out=expert_out, routing=routing, weights=weights, shared_out=shared, y=y
-            ),
-        )
+        steps = Steps(self._core, self.on_step, "combine")
+        try:
+            self._protocol.combine(steps, expert_out, routing, weights, shared, y)
+        except BaseException as error:
+            self._give_up("combine", steps, error)
+            raise
         return y
 
     def reduce_local(self, expert_out: npt.NDArray[Any], dispatched: Dispatched) -> npt.NDArray[Any]:
@@ -329,15 +338,10 @@ class ExpertParallel:
 
     # -- shared -----------------------------------------------------------------------------------------------------
 
-    def _guarded(self, call: str, operate: Callable[[Steps], _Result]) -> _Result:
-        """Run an operation; what breaks it off after its checks makes the object unusable."""
-        steps = Steps(self._core, self.on_step, call)
-        try:
-            return operate(steps)
-        except BaseException as error:
-            if steps.begun:
-                self._broken = f"{call} was given up in the middle ({type(error).__name__})"
-            raise
+    def _give_up(self, call: str, steps: Steps, error: BaseException) -> None:
+        """What breaks an operation off after its checks makes the object unusable."""
+        if steps.begun:
+            self._broken = f"{call} was given up in the middle ({type(error).__name__})"
 
     def _require_usable(self) -> None:
         self._core.require_open()
@@ -351,3 +355,9 @@ class ExpertParallel:
                 f"{type(dispatched).__name__}",
                 value=type(dispatched).__name__,
             )
+
+
+def _fastest(core: Core, shape: MoeShape) -> str:
+    """The protocol that was fastest wherever it was measured (docs/performance.md), if it fits the managed area."""
+    needed_bytes = blocks_of(shape).total_bytes
+    return Direct.name if needed_bytes <= core.fabric.geometry.heap_bytes else Pull.name

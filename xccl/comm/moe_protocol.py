@@ -9,9 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EventMismatch, FabricError
+from ..kernels import moe as kernels
 from ..layout.moe import EPOCH_MASK
+from .buffers import address_of
 from .core import Core
 from .dispatched import Dispatched, Outputs, Routing
+from .moe_input import bad_choice
 from .moe_shape import KernelState, MoeShape
 from .steps import Steps
 
@@ -49,8 +52,11 @@ class MoeProtocol(ABC):
         Args:
             steps: told of each step.
             x: [tokens, hidden], C-contiguous.
-            routing: what goes where; its second half, on what comes, is filled unless it repeats another dispatch.
+            routing: filled with what goes where, and what comes, unless it repeats another dispatch.
             outputs: memory for the result.
+
+        Raises:
+            UsageError: a choice is no expert.
         """
 
     @abstractmethod
@@ -73,6 +79,19 @@ class MoeProtocol(ABC):
             shared_out: [tokens, hidden], added last; or None.
             y: [tokens, hidden], the result.
         """
+
+    def _route(self, routing: Routing) -> None:
+        """Find out which rows go where, if the routing is new.
+
+        Raises:
+            UsageError: a choice is no expert.
+        """
+        if routing.idx is None:
+            return
+        router = kernels.route_dedup if self._shape.is_dedup else kernels.route
+        routing.sent = router.call(self.state_address, routing.address, address_of(routing.idx))
+        if routing.sent < 0:
+            raise bad_choice(routing.idx, -1 - routing.sent, self._shape.num_experts)
 
     @abstractmethod
     def free(self) -> None:

@@ -34,7 +34,6 @@ timing.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,6 +95,7 @@ class Pull(MoeProtocol):
     def dispatch(self, steps: Steps, x: npt.NDArray[Any], routing: Routing, outputs: Outputs) -> Dispatched:
         """See `MoeProtocol.dispatch`."""
         state, fields = self.state_address, self._dispatch_fields
+        self._route(routing)
         self._rows.grow(routing.sent * self._shape.row_bytes)
         epoch = self._dispatches + 1
         steps.begin(epoch)
@@ -112,7 +112,7 @@ class Pull(MoeProtocol):
         result = self._pull(routing, outputs)
         steps("release")
         kernels.release.call(state, fields, epoch)
-        steps.finish(partial(traced_moe.pull_dispatched, self._shape, routing))
+        steps.finish(traced_moe.pull_dispatched, self._shape, routing)
         return result
 
     def _write(self, routing: Routing, x: npt.NDArray[Any]) -> None:
@@ -121,10 +121,10 @@ class Pull(MoeProtocol):
         kernels.dispatch_write.call(state, routing.address, address_of(x), int(has_places))
         if is_new:
             kernels.dispatch_write_counts.call(state, routing.address)
-        if routing.choices is not None:
-            idx, weights = routing.choices
-            kernels.dispatch_write_entries.call(state, routing.address, address_of(idx), address_of(weights))
-            routing.choices = None
+        idx, gates = routing.idx, routing.gates
+        if idx is not None and gates is not None:
+            kernels.dispatch_write_entries.call(state, routing.address, address_of(idx), address_of(gates))
+        routing.idx = routing.gates = None
 
     def _pull(self, routing: Routing, outputs: Outputs) -> Dispatched:
         state, fields = self.state_address, self._dispatch_fields
@@ -183,7 +183,7 @@ class Pull(MoeProtocol):
         )  # fmt: skip
         steps("release")
         kernels.release.call(state, fields, epoch)
-        steps.finish(partial(traced_moe.pull_combined, self._shape, routing, shared_out is not None))
+        steps.finish(traced_moe.pull_combined, self._shape, routing, shared_out is not None)
 
     def free(self) -> None:
         """See `MoeProtocol.free`."""

@@ -46,7 +46,6 @@ Rows are summed where they lie, in an order fixed by the routing, so the result 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -156,6 +155,7 @@ class Push(MoeProtocol):
     def dispatch(self, steps: Steps, x: npt.NDArray[Any], routing: Routing, outputs: Outputs) -> Dispatched:
         """See `MoeProtocol.dispatch`."""
         state, push, shape = self.state_address, self._push_address, self._shape
+        self._route(routing)
         self._back(routing)
         epoch, in_turn = self._dispatches + 1, self._is_dispatch_in_turn
         steps.begin(epoch)
@@ -164,11 +164,10 @@ class Push(MoeProtocol):
         self._dispatches = routing.epoch = epoch
         steps("send")
         idx_address = weights_address = 0
-        if routing.choices is not None:
-            idx, weights = routing.choices
-            idx_address, weights_address = address_of(idx), address_of(weights)
+        if routing.idx is not None and routing.gates is not None:
+            idx_address, weights_address = address_of(routing.idx), address_of(routing.gates)
         kernels.dispatch_send.call(state, push, routing.address, address_of(x), idx_address, weights_address)
-        routing.choices = None
+        routing.idx = routing.gates = None
         steps("notify")
         kernels.dispatch_notify.call(state, push, routing.address, int(routing.known is None))
         steps("await-flags")
@@ -181,10 +180,8 @@ class Push(MoeProtocol):
         self._operations += 1
         self._is_dispatch_in_turn, self._is_combine_in_turn = False, True
         steps.finish(
-            partial(
-                traced_moe.push_dispatched, shape, routing, in_turn=in_turn, packet_bytes=self._packet_bytes,
-                counts_bytes=self._counts_bytes,
-            )
+            traced_moe.push_dispatched, shape, routing, in_turn=in_turn, packet_bytes=self._packet_bytes,
+            counts_bytes=self._counts_bytes,
         )  # fmt: skip
         return result
 
@@ -284,10 +281,8 @@ class Push(MoeProtocol):
         if routing.epoch == self._dispatches:
             self._is_dispatch_in_turn = True
         steps.finish(
-            partial(
-                traced_moe.push_combined, self._shape, routing, shared_out is not None, in_turn=in_turn,
-                packet_bytes=self._return_packet_bytes,
-            )
+            traced_moe.push_combined, self._shape, routing, shared_out is not None, in_turn=in_turn,
+            packet_bytes=self._return_packet_bytes,
         )  # fmt: skip
 
     def _await_tokens(self, routing: Routing, epoch: int) -> None:

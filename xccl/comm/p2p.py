@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,24 @@ _STATE = layout.OP_STATE // 8
 _OF_COPIES = (layout.OP_CHUNKS, layout.OP_BYTES, layout.OP_SIGNAL)
 
 
+class Owner(Protocol):
+    """Who started a request, and is told of its end."""
+
+    core: Core
+
+    def poll(self, request: Request) -> None:
+        """Drive all requests a little, and raise if the session is over or the request's peer has left it."""
+
+    def wait(self, request: Request, timeout_s: float) -> None:
+        """Drive all requests until this one is done."""
+
+    def end(self, request: Request) -> None:
+        """Take note of the end of an operation: nobody else touches its record."""
+
+    def fail(self, request: Request, error: XcclError) -> None:
+        """End a request that is under way, whatever the other side does."""
+
+
 class Request:
     """One send, receive or put under way. Made by `isend`, `irecv` and `iput`; keeps its buffer alive.
 
@@ -51,9 +69,7 @@ class Request:
 
     __slots__ = ("_looked_ns", "_record", "buffer", "channel", "error", "owner", "peer", "trace")
 
-    def __init__(
-        self, owner: PointToPoint, channel: Channel, buffer: npt.NDArray[Any], record: OperationRecord
-    ) -> None:
+    def __init__(self, owner: Owner, channel: Channel, buffer: Any, record: OperationRecord) -> None:
         self.owner = owner
         self._record: OperationRecord | None = record
         self._looked_ns = 0
@@ -134,6 +150,8 @@ class PointToPoint:
         core.calls.words[calls_layout.CA_DRIVER // 8] = self.driver.address
         self._is_group = world is not None
         self._channels: dict[tuple[int, bool], Channel] = {}
+        #: Those that others have opened, and not closed.
+        self._opened: list[Channel] = []
         self._post_send = core.calls.bind(calls.post_send)
         self._post_receive = core.calls.bind(calls.post_receive)
 
@@ -251,6 +269,17 @@ class PointToPoint:
         self.driver.add(record.address, request)
         return request
 
+    def open_channel(self, kind: int, engine: int) -> Channel:
+        """A channel for operations of one engine, to or from any peer; closed with the communicator at the latest."""
+        channel = Channel(self.core, self.driver, self.core.rank, kind=kind, only=engine)
+        self._opened.append(channel)
+        return channel
+
+    def close_channel(self, channel: Channel) -> None:
+        """Nothing is under way in the channel, and it is not used any more."""
+        self._opened.remove(channel)
+        channel.retire()
+
     # -- blocking calls ---------------------------------------------------------------------------------------------
 
     def blocking(
@@ -319,13 +348,14 @@ class PointToPoint:
             if not request.is_collected():
                 self.fail(request, core.left(request.describe()))
 
-    def wait(self, request: Request, timeout_s: float, began_ns: int = 0) -> None:
+    def wait(self, request: Request, timeout_s: float, began_ns: int = 0, done: int = layout.DONE_NEVER) -> None:
         """Drive all requests until this one is done.
 
         Args:
             request: which.
             timeout_s: deadline in seconds.
             began_ns: when the wait began; now if 0.
+            done: or until it has come so far (OP_DONE).
         """
         core = self.core
         self.driver.collect()
@@ -338,9 +368,9 @@ class PointToPoint:
         deadline_ns = (began_ns or now_ns) + int(timeout_s * 1e9)
         while True:
             until_ns = min(deadline_ns, now_ns + core.slice_ns)
-            kernels.wait_for.call(self.driver.address, address, until_ns)
+            kernels.wait_for.call(self.driver.address, address, done, until_ns)
             self.driver.collect()
-            if request.is_collected():
+            if request.is_collected() or request.word(layout.OP_DONE) >= done:
                 return
             self._look(request)
             if request.is_collected():
@@ -430,7 +460,9 @@ class PointToPoint:
     def require_idle(self) -> None:
         """Raise UsageError if requests are under way that somebody could still complete; of a group, its own."""
         self.driver.progress()
-        active = [request for request in self.driver.requests.values() if not self._is_group or request.owner is self]
+        active = list(self.driver.requests.values())
+        if self._is_group:
+            active = [request for request in active if request.owner.core is self.core]
         if active and self.core.fabric.abort_word() is None:
             what = "; ".join(str(request.describe()) for request in active[:4])
             raise UsageError(
@@ -440,9 +472,10 @@ class PointToPoint:
 
     def retire(self) -> None:
         """A group is freed, and nothing of it is under way."""
-        for channel in self._channels.values():
+        for channel in (*self._channels.values(), *self._opened):
             channel.retire()
         self._channels.clear()
+        self._opened.clear()
 
     def shut_down(self) -> None:
         """Stop the DMA engine, and give up what is under way, in groups too: peers must not touch freed buffers."""

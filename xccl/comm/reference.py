@@ -33,6 +33,7 @@ from .reference_collectives import (
     reduce_scatter as reduce_scatter,
     scatter as scatter,
 )
+from .reference_kv import PagedCopy as PagedCopy, kv_transfer as kv_transfer
 from .reference_moe import (
     DispatchResult as DispatchResult,
     Quant as Quant,

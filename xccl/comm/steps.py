@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 from ..trace.entry import Entry
 from ..trace.record import Operation
@@ -19,12 +21,19 @@ class Steps:
         begun: has it done anything that peers may see?
     """
 
+    __slots__ = ("_core", "_hook", "_name", "_operation", "begun")
+
     def __init__(self, core: Core, hook: StepHook | None, name: str) -> None:
         self._core = core
         self._hook = hook
         self._name = name
         self._operation: Operation | None = None
         self.begun = False
+
+    @property
+    def is_watched(self) -> bool:
+        """Does anybody listen to steps?"""
+        return self._hook is not None or self._operation is not None
 
     def begin(self, number: int) -> None:
         """Arguments are checked, and the operation begins; `number` is its epoch."""
@@ -39,7 +48,13 @@ class Steps:
         if self._operation is not None:
             self._operation.begin_stage(step)
 
-    def finish(self, entries: Callable[[], Iterable[Entry]]) -> None:
-        """The operation is done; `entries` says what it did, if somebody asks."""
+    def withdraw(self) -> None:
+        """Nothing was done after all: an argument was found to be wrong while the operation began."""
+        self.begun = False
+        if self._core.trace is not None and self._operation is not None:
+            self._core.trace.withdraw(self._operation)
+
+    def finish(self, entries: Callable[..., Iterable[Entry]], *args: Any, **options: Any) -> None:
+        """The operation is done; `entries`, called with the rest, says what it did, if somebody asks."""
         if self._operation is not None:
-            self._operation.finish(entries)
+            self._operation.finish(partial(entries, *args, **options))

@@ -306,9 +306,15 @@ def _highest(core: Core, call: str, offsets: list[int], failure: CapacityError |
 
 
 def give_back(core: Core, allocator: SymmetricAllocator, offset: int) -> None:
-    """Free a block, and the memory behind it in the own segment. Memory that is free reads as 0."""
-    n_bytes = allocator.free(offset)
+    """Free a block, and the memory behind it in the own segment. Memory that is free reads as 0.
+
+    A block of which the caller holds results stays as it is, at this rank, until the session ends.
+    """
     core.blocks.pop(offset, None)
+    is_held = core.lent.pop(offset, None)
+    if is_held is not None and is_held():
+        return
+    n_bytes = allocator.free(offset)
     core.fabric.release(offset, n_bytes)
     start, length = whole_pages(offset, n_bytes)
     edges = [(offset, start - offset), (start + length, offset + n_bytes - start - length)]

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..layout import moe as layout
-from ..layout.moe import ENTRY_BYTES, EXPERT_FIELD_BYTES
+from ..layout.moe import ENTRY_BYTES, EXPERT_FIELD_BYTES, INDEX_DTYPE, SOURCE_DTYPE
+from ..layout.moe_direct import DIRECT_FIELD_PART_BYTES
 from ..layout.moe_push import PACKET_ENTRY_BYTES
 from ..layout.ring import FIELD_BYTES
 from ..trace.entry import Entry
@@ -139,7 +140,51 @@ def _meeting(peers: Iterable[int]) -> list[Entry]:
     return [*signals("release", "taken", peers), *waits("await-taken", "taken", peers)]
 
 
-# -- both -------------------------------------------------------------------------------------------------------------
+# -- direct -----------------------------------------------------------------------------------------------------------
+
+
+def direct_dispatched(shape: MoeShape, routing: Routing) -> list[Entry]:
+    """A dispatch: what was counted, and what was written at each peer."""
+    rank, is_new, peers = shape.rank, routing.known is None, range(shape.ranks)
+    counts_bytes = _INT32_BYTES * (shape.num_experts + (shape.ranks if shape.is_dedup else 0))
+    found = signals("announce", "field", peers, DIRECT_FIELD_PART_BYTES)
+    found += waits("await-counts", "field", peers)
+    if is_new:
+        found += _moved("count", rank, "counts", 1, counts_bytes)
+        for peer in peers:
+            found += _moved("plan", peer, "counts", 1, counts_bytes)
+        found += _worked("plan", shape, "scan", 1, 0)
+    found += _quantised("write", shape, routing)
+    entries_sent = routing.part(layout.RT_SENT_FIRST, shape.num_experts + 1)
+    for peer, n in enumerate(_sent(shape, routing).tolist()):
+        found += _moved("write", peer, "rows", n, n * shape.row_bytes)
+        if shape.is_int8:
+            found += _moved("write", peer, "scales", n, n * _FLOAT32_BYTES)
+        if is_new:
+            found += _moved("write", peer, "sources", n, n * SOURCE_DTYPE.itemsize)
+            if shape.is_dedup:
+                first, end = (layout.first_expert(r, shape.num_experts, shape.ranks) for r in (peer, peer + 1))
+                m = int(entries_sent[end] - entries_sent[first])
+                found += _moved("write", peer, "entries", m, m * (INDEX_DTYPE.itemsize + _FLOAT32_BYTES))
+    return found + signals("notify", "written", peers) + waits("await-rows", "written", peers)
+
+
+def direct_combined(shape: MoeShape, routing: Routing, has_shared: bool, *, copied: bool) -> list[Entry]:
+    """A combine: what came is copied unless it lies where peers read it, and what was sent is summed where it lies."""
+    sent, peers = _sent(shape, routing), range(shape.ranks)
+    rows = routing.rows if copied else 0
+    found = _moved("return", shape.rank, "rows", rows, rows * shape.return_bytes)
+    found += signals("announce", "field", peers, DIRECT_FIELD_PART_BYTES)
+    found += waits("await-ready", "field", peers)
+    for peer, n in enumerate(sent.tolist()):
+        found += _moved("reduce", peer, "rows", n, n * shape.return_bytes)
+    n_bytes = routing.tokens * shape.return_bytes * (1 + has_shared)
+    n_bytes += 0 if shape.is_dedup else int(sent.sum()) * _FLOAT32_BYTES
+    found += _worked("reduce", shape, "reduce", routing.tokens, n_bytes)
+    return found + signals("release", "read", peers) + waits("await-read", "read", peers)
+
+
+# -- all -------------------------------------------------------------------------------------------------------------
 
 
 def _sent(shape: MoeShape, routing: Routing) -> Ints:

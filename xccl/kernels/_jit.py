@@ -7,7 +7,8 @@ warm.
 
 The cache directory's name carries a digest of *all* kernel sources: numba keys its cache on the kernel's own file
 only, and would miss a change of a helper in another one. Two processes that warm at the same time take turns under
-a file lock, since eight processes that compile at once take four times as long as one.
+a file lock, since eight processes that compile the same take four times as long as one. Into an empty cache, children
+of the one that warms compile together (`_together`).
 """
 
 from __future__ import annotations
@@ -27,12 +28,18 @@ from typing import Any, Protocol
 
 import numba
 
+from ._together import compile_together
+
 #: Options of every kernel. No fast-math: results must be the same bits on every path and machine (no FMA contraction).
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 
 
 class Compiled(Protocol):
     """Something that is declared at import and compiled by `warm`."""
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """What it is compiled from."""
 
     @property
     def is_compiled(self) -> bool:
@@ -129,6 +136,12 @@ class Kernel:
         return self.call(*args)
 
     @property
+    def function(self) -> Callable[..., Any]:
+        """What it is compiled from."""
+        function: Callable[..., Any] = self.dispatcher.py_func
+        return function
+
+    @property
     def is_compiled(self) -> bool:
         """Is `call` the bare entry point?"""
         return bool(self.dispatcher.overloads)
@@ -185,6 +198,8 @@ def warm() -> None:
                 except BlockingIOError:
                     raise_if_interrupted()
                     time.sleep(0.01)
+            if not any(_CACHE_DIR.glob("*.nbi")):
+                compile_together([k.function for k in pending], lambda i: pending[i].compile(), raise_if_interrupted)
             for item in pending:
                 item.compile()
                 raise_if_interrupted()

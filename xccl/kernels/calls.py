@@ -38,6 +38,7 @@ from ..layout.calls import (
 )
 from ..layout.ring import (
     CH_SPARE,
+    DONE_NEVER,
     DR_ENDED,
     DR_REQUESTS,
     ENGINE_MTE,
@@ -300,7 +301,7 @@ def _transfer(calls: int, args: int, is_send: bool) -> int:
     thread = release_lock()
     append(driver, channel, op)
     until_ns = load_i64(calls + CA_BEGAN_NS) + load_i64(calls + CA_SLICE_NS)
-    wait_for_ended(driver, op, until_ns)
+    wait_for_ended(driver, op, DONE_NEVER, until_ns)
     take_lock(thread)
     state = load_acquire(op + OP_STATE)
     if state == STATE_UNDER_WAY:

@@ -2,7 +2,8 @@
 
 Rules
 - A channel has a list of its operations, in the order of their posting. A receive goes on when it is the first of its
-  list, a list of copies too; a send starts when all before it are written, and ends when it is acknowledged.
+  list, a list of copies too; a send starts when all before it are written, and ends when it is acknowledged. Requests
+  of KV-cache transfers go on whenever they can.
 - Whoever is in a call of the rank drives all operations of the rank's own (`progress`), once, and never waits for
   anything. `wait_for` does so again and again until one of them has ended, and sleeps on the doorbell in between.
 - The DMA engine of a rank is a thread in `serve`. It drives the operations that were queued for it, and no others. It
@@ -21,6 +22,7 @@ from ..layout.ring import (
     CH_HEAD,
     CH_KIND,
     CH_LOCK,
+    CH_ONLY,
     CH_TAIL,
     COPY,
     CP_BYTES,
@@ -38,6 +40,8 @@ from ..layout.ring import (
     ENGINE_DMA,
     ENGINE_MTE,
     FORM_RING,
+    KIND_PAGED_RECEIVE,
+    KIND_PAGED_SEND,
     KIND_RECEIVE,
     KIND_SEND,
     MAX_PIECE_BYTES,
@@ -80,12 +84,15 @@ from .atomics import (
     store_release,
 )
 from .copy import copy_bytes
+from .kv import step_receive as step_paged_receive, step_send as step_paged_send
 from .ring import is_written, slot_of, step_receive, step_send
-from .wait import ABORTED, OK, SLICE, futex_wait, futex_wake, now_ns, relax, ring, sched_yield, settle
+from .wait import ABORTED, OK, PENDING, SLICE, futex_wait, futex_wake, now_ns, relax, ring, sched_yield, settle
 from .zerocopy import ENDED, MOVED, locate, withdraw
 
 #: Bytes that one step of a list of copies moves before it looks at anything else.
 _COPY_BYTES_A_STEP = 1 << 20
+#: The same, of the requests of KV-cache transfers: whoever posts one waits for the step under way.
+_PAGED_BYTES_A_STEP = 256 << 10
 _DESCRIPTOR_BYTES = COPY.size_bytes
 
 
@@ -266,13 +273,45 @@ def _drive_first(driver: int, channel: int, engine: int) -> bool:
 
 
 @device
+def _drive_paged(driver: int, channel: int, engine: int) -> bool:
+    """Requests of KV-cache transfers: each by itself; those that can go on share the copying of a round."""
+    moved = False
+    is_sending = load_i64(channel + CH_KIND) == KIND_PAGED_SEND
+    budget_bytes = _PAGED_BYTES_A_STEP
+    previous = 0
+    op = load_i64(channel + CH_HEAD)
+    while op != 0:
+        following = load_i64(op + OP_LINK)
+        status = PENDING
+        if load_i64(op + OP_ENGINE) == engine:
+            if is_sending:
+                status, budget_bytes = step_paged_send(op, budget_bytes)
+            else:
+                status = step_paged_receive(op)
+        if status == ENDED:
+            _remove(driver, channel, previous, op)
+        else:
+            previous = op
+        if status != PENDING:
+            moved = True
+        op = following
+    return moved
+
+
+@device
 def drive(driver: int, channel: int, engine: int) -> bool:
     """Do what can be done at once for the operations of a channel that are driven by `engine`."""
     if load_i64(channel + CH_HEAD) == 0:
         return False
+    only = load_i64(channel + CH_ONLY)
+    if only != 0 and only != engine + 1:
+        return False  # without waiting for the other thread's step
     _lock(driver, channel)
-    if load_i64(channel + CH_KIND) == KIND_SEND:
+    kind = load_i64(channel + CH_KIND)
+    if kind == KIND_SEND:
         moved = _drive_sends(driver, channel, engine)
+    elif kind == KIND_PAGED_SEND or kind == KIND_PAGED_RECEIVE:
+        moved = _drive_paged(driver, channel, engine)
     else:
         moved = _drive_first(driver, channel, engine)
     _unlock(driver, channel)
@@ -337,6 +376,16 @@ def post_copies(
     return load_acquire(op + OP_STATE)
 
 
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
+def post_paged(driver: int, channel: int, op: int, transfer: int, request: int, layers: int, engine: int) -> int:
+    """Post one side of a KV-cache transfer, a record of `xccl.layout.kv`; the operation's state."""
+    prepare(channel, op, transfer, 0, request, 1, engine, False)
+    store_i64(op + OP_CHUNKS, layers)
+    append(driver, channel, op)
+    drive(driver, channel, ENGINE_MTE)
+    return load_acquire(op + OP_STATE)
+
+
 @kernel("int64(int64)")
 def progress(driver: int) -> int:
     """Drive all operations of the rank's own once, and wait for nothing; ABORTED if the session is over."""
@@ -345,15 +394,15 @@ def progress(driver: int) -> int:
 
 
 @device
-def wait_for_ended(driver: int, op: int, until_ns: int) -> int:
-    """Drive all operations of the rank's own until `op` has ended."""
+def wait_for_ended(driver: int, op: int, done: int, until_ns: int) -> int:
+    """Drive all operations of the rank's own until `op` has ended, or has come to `done` (see OP_DONE)."""
     control = load_i64(driver + DR_CONTROL)
     n = 0
     while True:
         seq = load_acquire(control + CTL_DOORBELL)
         moved = _drive_all(driver, ENGINE_MTE)
         # SYNC POINT operation-ended: acquires what the operation has brought.
-        if load_acquire(op + OP_STATE) != STATE_UNDER_WAY:
+        if load_acquire(op + OP_STATE) != STATE_UNDER_WAY or load_i64(op + OP_DONE) >= done:
             settle(control, n)
             return OK
         if moved:
@@ -367,10 +416,10 @@ def wait_for_ended(driver: int, op: int, until_ns: int) -> int:
             return n
 
 
-@kernel("int64(int64, int64, int64)")
-def wait_for(driver: int, op: int, until_ns: int) -> int:
+@kernel("int64(int64, int64, int64, int64)")
+def wait_for(driver: int, op: int, done: int, until_ns: int) -> int:
     """`wait_for_ended`, for Python code: OK, SLICE, ABORTED, or PENDING if `until_ns` is 0."""
-    return wait_for_ended(driver, op, until_ns)
+    return wait_for_ended(driver, op, done, until_ns)
 
 
 @kernel("int64(int64, int64, int64)")

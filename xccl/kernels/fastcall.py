@@ -49,11 +49,11 @@ _new_function.argtypes = [ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p]
 class FastCall:
     """A function for the interpreter, compiled like a kernel; its first argument is what it is bound to."""
 
-    __slots__ = ("_callback", "_definition", "_function", "name")
+    __slots__ = ("_callback", "_definition", "function", "name")
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.name = function.__name__
-        self._function = function
+        self.function = function
         self._callback: Any = None
         self._definition: Any = None
         declare(self)
@@ -69,7 +69,7 @@ class FastCall:
             if self.is_compiled:
                 return
             options = {name: value for name, value in OPTIONS.items() if name != "nogil"}
-            callback = numba.cfunc("int64(int64, int64, int64)", cache=True, **options)(self._function)
+            callback = numba.cfunc("int64(int64, int64, int64)", cache=True, **options)(self.function)
             self._definition = _Definition(self.name.encode(), callback.address, _METH_FASTCALL, None)
             self._callback = callback
 

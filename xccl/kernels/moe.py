@@ -89,8 +89,8 @@ def _count(state: int, routing: int, topk_idx: int) -> int:
     return entries
 
 
-@kernel("int64(int64, int64, int64)")
-def route(state: int, routing: int, topk_idx: int) -> int:
+@device
+def route_rows(state: int, routing: int, topk_idx: int) -> int:
     """Give each (token, slot) a row of its own: by expert, then token, then slot.
 
     Args:
@@ -125,11 +125,11 @@ def route(state: int, routing: int, topk_idx: int) -> int:
     return rows
 
 
-@kernel("int64(int64, int64, int64)")
-def route_dedup(state: int, routing: int, topk_idx: int) -> int:
+@device
+def route_rows_dedup(state: int, routing: int, topk_idx: int) -> int:
     """Give each token one row for each rank that has any of its experts: by rank, then token.
 
-    Arguments and result are those of `route`.
+    Arguments and result are those of `route_rows`.
     """
     entries = _count(state, routing, topk_idx)
     if entries < 0:
@@ -178,6 +178,18 @@ def route_dedup(state: int, routing: int, topk_idx: int) -> int:
             row = (r << ROW_BITS) | load_i64(row_at + 8 * r)
             store_i64(row_of + 8 * i, row if is_first else -2 - row)
     return rows
+
+
+@kernel("int64(int64, int64, int64)")
+def route(state: int, routing: int, topk_idx: int) -> int:
+    """`route_rows` for Python."""
+    return route_rows(state, routing, topk_idx)
+
+
+@kernel("int64(int64, int64, int64)")
+def route_dedup(state: int, routing: int, topk_idx: int) -> int:
+    """`route_rows_dedup` for Python."""
+    return route_rows_dedup(state, routing, topk_idx)
 
 
 @device

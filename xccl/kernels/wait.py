@@ -226,8 +226,10 @@ def settle(control: int, n: int) -> None:
         _leave(control)
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
-def wait_all(control: int, address: int, stride_bytes: int, count: int, target: int, cursor: int, until_ns: int) -> int:
+@device
+def await_words(
+    control: int, address: int, stride_bytes: int, count: int, target: int, cursor: int, until_ns: int
+) -> int:
     """Wait until each of `count` words, `stride_bytes` apart, is at least `target`.
 
     The int64 at address `cursor` holds the index of the first word that was not seen to be so: 0 at first, where the
@@ -247,6 +249,12 @@ def wait_all(control: int, address: int, stride_bytes: int, count: int, target: 
         settle(control, n)
     store_i64(cursor, count)
     return OK
+
+
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
+def wait_all(control: int, address: int, stride_bytes: int, count: int, target: int, cursor: int, until_ns: int) -> int:
+    """`await_words` for Python."""
+    return await_words(control, address, stride_bytes, count, target, cursor, until_ns)
 
 
 @kernel("int64(int64, int64)")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from .a2e import DIE, PEER
 from .calls import CALLS, SYMMETRIC
 from .collectives import COLLECTIVE_RECORD, COLLECTIVE_STATE, COMMUNICATOR_BLOCK, INVITATION, PLAN
+from .kv import ANNOUNCEMENT, ARRIVAL, PAGED
 from .moe import ENTRY, EXPERT_FIELD, ROUTING, STATE
+from .moe_direct import DIRECT, DIRECT_FIELD
 from .moe_push import PACKET, PACKET_ENTRY, PUSH, PUSH_FIELD, PUSH_STATUS, RETURN_PACKET
 from .record import Field, Record
 from .ring import ACK_FIELD, ANSWER, CHANNEL, COPY, DATA_FIELD, DRIVER, OPERATION, REFUSAL, SLOT, TRANSFER
@@ -31,6 +33,9 @@ ALL_RECORDS: tuple[Record, ...] = (
     PACKET,
     PACKET_ENTRY,
     RETURN_PACKET,
+    ANNOUNCEMENT,
+    ARRIVAL,
+    DIRECT_FIELD,
     CHANNEL,
     OPERATION,
     COPY,
@@ -40,6 +45,8 @@ ALL_RECORDS: tuple[Record, ...] = (
     STATE,
     ROUTING,
     PUSH,
+    PAGED,
+    DIRECT,
     PEER,
     DIE,
     COLLECTIVE_STATE,

@@ -92,7 +92,8 @@ RT_TOKENS = ROUTING.add("tokens", 8, "tokens that this rank dispatched")
 RT_ROW_OF = ROUTING.add(
     "row_of",
     8,
-    "[tokens * top_k]: rank << 40 | row of a token's slot; -1 for none, -2 minus that if an earlier slot has the row",
+    "[tokens * top_k]: rank << 40 | row of a token's slot; -1 for none, -2 minus that if an earlier slot has the row. "
+    "Rows are numbered as they are sent; once a direct dispatch has begun, as they lie at that rank",
 )
 RT_SENT_FIRST = ROUTING.add("sent_first", 8, "[experts + 1]: first entry of each expert among those sent")
 RT_GOT_COUNTS = ROUTING.add("got_counts", 8, "[ranks * groups]: rows of each run that comes from each source")
@@ -105,6 +106,7 @@ RT_ENTRY_FIRST = ROUTING.add("entry_first", 8, "[ranks * local experts]: where t
 RT_ROWS = ROUTING.add("rows", 8, "rows that have come")
 RT_ENTRIES = ROUTING.add("entries", 8, "entries that have come; as many as rows if those are expanded")
 RT_PLACES = ROUTING.add("places", 8, "[rows]: token << 32 | slot of each row that has come; push only")
+RT_ARRIVING = ROUTING.add("arriving", 8, "[ranks]: rows that come to each rank from all; direct only")
 
 
 def first_expert(rank: int, experts: int, ranks: int) -> int:

@@ -118,12 +118,15 @@ CH_VECTORS = CHANNEL.add("vectors", 4 * 8, "two `struct iovec` for the kernel: h
 CH_HEAD = CHANNEL.add("head", 8, "address of the first operation that has not ended, 0 if there is none")
 CH_TAIL = CHANNEL.add("tail", 8, "address of the last one")
 CH_LOCK = CHANNEL.add("lock", 8, "1 while a thread drives the channel, if there is a DMA engine")
+CH_ONLY = CHANNEL.add("only", 8, "1 + the ENGINE_ code of all its operations, 0 if either engine may have some")
 CH_SPARE = CHANNEL.add("spare", 8, "address of the operation record of the next blocking call")
 
 #: What a channel carries.
 KIND_SEND = 0
 KIND_RECEIVE = 1
 KIND_COPY = 2
+KIND_PAGED_SEND = 3
+KIND_PAGED_RECEIVE = 4
 
 #: How a peer's private memory is reached: not at all, by load and store (threads of one process), or by the operating
 #: system's kernel (process_vm_readv and process_vm_writev).
@@ -144,7 +147,7 @@ OP_PLACE = OPERATION.add("place", 8, "zero-copy: where the sender's buffer is")
 OP_FIRST = OPERATION.add("first", 8, "ring position of its first chunk")
 OP_CHUNKS = OPERATION.add("chunks", 8, "ring positions that it takes; 0 before it has started; of copies, their number")
 OP_CHUNK_BYTES = OPERATION.add("chunk_bytes", 8, "bytes of a full chunk, or of a full piece of a zero-copy message")
-OP_DONE = OPERATION.add("done", 8, "chunks written or read; of copies, those that are complete")
+OP_DONE = OPERATION.add("done", 8, "chunks written or read; copies that are complete; layers of a KV-cache transfer")
 OP_PIECES = OPERATION.add("pieces", 8, "zero-copy: pieces of the message")
 OP_MOVED = OPERATION.add("moved", 8, "zero-copy: pieces copied by this rank; of a copy under way, bytes")
 OP_TAKES = OPERATION.add("takes", 8, "zero-copy: one of the TAKES_ codes")
@@ -159,6 +162,8 @@ OP_PEER_LANES = OPERATION.add("peer_lanes", 8, "of a refusal: the lanes on the o
 OP_CHANNEL = OPERATION.add("channel", 8, "address of its channel")
 OP_LINK = OPERATION.add("link", 8, "address of the next operation of its channel, or of those that have ended")
 
+#: More than `done` can be.
+DONE_NEVER = 1 << 62
 #: Of an operation. FAILED: the other side's memory could not be read or written.
 STATE_UNDER_WAY = 0
 STATE_DONE = 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..errors import ModelError
 from ..layout.ring import MAX_LANES
-from ..protocol import a2e, moe, moe_push, p2p
+from ..protocol import a2e, kv, moe, moe_direct, moe_push, p2p
 from ..protocol.counts import RoutingCounts
 from ..protocol.stage import Description, Engine
 from .machine import Machine
@@ -20,10 +20,18 @@ from .topology import place
 #: Routed experts of DeepSeek-R1, which the published deployments serve.
 ROUTED_EXPERTS = 256
 
-PROTOCOLS = ("push", "pull", "deepep")
+#: Far beyond what a die holds.
+_MOST_BYTES = 1 << 50
+
+PROTOCOLS = ("push", "pull", "direct", "deepep")
 #: DeepEP: elements that share a scale, and bytes in front of a row that name its source (its README, low-latency mode).
 _FP8_BLOCK = 128
 _DEEPEP_HEADER_BYTES = 16
+_DESCRIBED: dict[str, tuple[Callable[..., Description], Callable[..., Description]]] = {
+    "push": (moe_push.dispatch, moe_push.combine),
+    "pull": (moe.dispatch, moe.combine),
+    "direct": (moe_direct.dispatch, moe_direct.combine),
+}
 
 
 @dataclass(frozen=True)
@@ -85,8 +93,9 @@ def describe_moe(
         top_k: experts of a token.
         experts: in all; by default 256, or as many more as the ranks divide (redundant ones).
         quant: "int8" or "none", for dispatch.
-        protocol: "push" (CANN's fused operators), "pull" (XCCL), or "deepep": DeepEP's low-latency kernels, which push,
-            too, FP8 with a float32 scale for every 128 elements instead of INT8.
+        protocol: "push" (CANN's fused operators), "pull" (XCCL), "direct" (`xccl.protocol.moe_direct`, outputs
+            copied once), or "deepep": DeepEP's low-latency kernels, which push, too, FP8 with a float32 scale for every
+            128 elements instead of INT8.
         machine: whose lanes take part; those of a die of CloudMatrix384 if None.
         routing: what goes where; evenly loaded experts if None.
 
@@ -110,10 +119,10 @@ def describe_moe(
                 scale_bytes=scale_bytes, flags_per="expert",
             )  # fmt: skip
         return moe_push.combine(routing, hidden=hidden, lanes=lanes, header_bytes=0)
-    is_push = protocol == "push"
+    dispatch, combine = _DESCRIBED[protocol]
     if operation == "dispatch":
-        return (moe_push.dispatch if is_push else moe.dispatch)(routing, hidden=hidden, quant=how, lanes=lanes)
-    return (moe_push.combine if is_push else moe.combine)(routing, hidden=hidden, lanes=lanes)
+        return dispatch(routing, hidden=hidden, quant=how, lanes=lanes)
+    return combine(routing, hidden=hidden, lanes=lanes)
 
 
 def describe_a2e(
@@ -186,6 +195,24 @@ def describe_send(machine: Machine, *, n_bytes: int, lanes: int, engine: Engine 
     return p2p.send_recv(
         2 * dies_per_node, [0], [dies_per_node], [n_bytes], lanes=lanes, engine=engine, slot_bytes=slot_bytes
     )
+
+
+def describe_kv(machine: Machine, *, page_bytes: int, blocks: int, layers: int, engine: Engine = "dma") -> Description:
+    """A request of a KV cache between two dies of neighbouring nodes, whose layers are all ready.
+
+    Raises:
+        ModelError: sizes are out of range.
+    """
+    if not (page_bytes >= 1 and blocks >= 0 and layers >= 1 and page_bytes * blocks * layers <= _MOST_BYTES):
+        raise ModelError(
+            f"{layers} layers of {blocks} blocks of {page_bytes} bytes: layers have 1 byte or more, and at most "
+            f"{_MOST_BYTES} in all"
+        )
+    neighbour = int(machine["topology.dies_per_chip"] * machine["topology.chips_per_node"])
+    return kv.kv_transfer(
+        2 * neighbour, 0, neighbour, blocks, layers=layers, page_bytes=page_bytes,
+        lanes=int(machine["lane.count"]), engine=engine,
+    )  # fmt: skip
 
 
 def project(

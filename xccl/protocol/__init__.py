@@ -14,10 +14,16 @@ Nothing here touches memory. `comm` executes what is described, and a test asser
                   lanes=, engine=, slot_bytes=, ring_slots=)        await-acknowledgements
     p2p.zero_copy(ranks, source, destination, n_bytes,            announce, accept, pull, push, acknowledge,
                   lanes=, engine=, pushed=, answered=)              await-acknowledgement
+    kv.kv_transfer(ranks, source, destination, pages,             announce, push, notify, await-layers
+                   layers=, page_bytes=, lanes=, engine=)
     moe.dispatch(routing, hidden=, item_bytes=, quant=, lanes=)   await-pulled, write, announce, await-fields, pull,
     moe.combine(routing, hidden=, item_bytes=, lanes=)              release
     moe_push.dispatch(routing, ..., header_bytes=, flags_per=)    send, notify, await-flags, assemble
     moe_push.combine(routing, ..., header_bytes=, shared_expert=) send, flag, await-flags, reduce
+    moe_direct.dispatch(routing, ..., rows=, cached=)             count, announce, await-counts, plan, write, notify,
+                                                                    await-rows
+    moe_direct.combine(routing, ..., shared_expert=, in_place=)   return, announce, await-ready, reduce, release,
+                                                                    await-read
     moe_push.buffer_size_hint(ranks=, local_batch=, ...)          (bytes of buffers, no stages)
     a2e.a2e(routing, hidden=, ..., trampolines=, copies=,         those of moe.dispatch; with trampolines those of the
             engine=, forward_engine=)                               second leg too, "forward-" before their names
@@ -40,7 +46,7 @@ hold columns (see `stage`):
     Work       rank units n_bytes elements | kind "quantise" "reduce" "scan" "dequantise"
 
 Rows with no units may occur. A stage is `streamed` where it follows, piece by piece, the stage before it or what it
-waits for; only send/receive and the flags of the push combine are. What a wait waits for has the same `what` as the
-signals; waits for "pulled" and "forward-pulled" are for those of the operation before, and true at the start of a
-single one.
+waits for; only send/receive, layers of KV-cache transfers and the flags of the push combine are. What a wait waits for
+has the same `what` as the signals; waits for "pulled" and "forward-pulled" are for those of the operation before, and
+true at the start of a single one.
 """

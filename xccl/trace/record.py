@@ -159,6 +159,10 @@ class Recorder:
         self.operations.append(operation)
         return operation
 
+    def withdraw(self, operation: Operation) -> None:
+        """An operation has not begun after all."""
+        self.operations.remove(operation)
+
     def named(self, name: str) -> list[Operation]:
         """The operations of that name."""
         return [operation for operation in self.operations if operation.name == name]

@@ -1,0 +1,399 @@
+"""The direct protocol of dispatch and combine: each row is written once, where the caller finds it, and read there.
+
+No paper has it as a whole. Writing straight to the final place once counts are known is what UBEP and DeepEP's normal
+kernels do; reading outputs where they lie is XDS's combine (section 3.2) without the copy before it.
+
+Rules
+- A rank has slots in its managed area. A slot takes the rows of one dispatch, and is then the caller's result: it is
+  not used again while anybody refers to it. One slot is never given away; if it is the only one left, what has come is
+  copied out of it (docs/adr/0029).
+- Dispatch e, stages:
+    count: each rank counts what it sends to each expert, into its OWN managed area;
+    announce: a field to every rank: where its slot is, for how many rows there is memory in it, and, last, e (SYNC
+           POINT direct-counts);
+    await-counts: those of all ranks;
+    plan: from the counts of all, read where they lie, each rank computes what comes to every rank, and where its own
+           rows go there: by expert, source, token, slot. If that is more than a slot has memory for, every rank backs
+           it, which comes to the same whoever does it, and however often;
+    write: each row, quantised once a token if asked, straight to its place, with its scale, source and entries;
+    notify: each rank is told e (SYNC POINT direct-rows);
+    await-rows: until all have told this rank.
+- Combine c, stages:
+    return: the experts' outputs are copied to the own managed area, in one piece; nothing, if they lie in the own
+           segment already: in the dispatched slot, or in a symmetric array;
+    announce: where they are, and, last, c (SYNC POINT direct-returns);
+    await-ready: those of all ranks;
+    reduce: the rows of each token are summed where they lie, in slot order, in float32;
+    release: c to every rank (SYNC POINT direct-read);
+    await-read: until all have read what lies here.
+- A dispatch that repeats another one neither counts nor lays out: fields say where slots are, and the rows follow.
+
+Theory of operation: nothing is overwritten while it is read. Dispatch and combine share nothing but slots.
+
+- A slot of R. Peers write there between R's announcement of e and their notification, and R ends e when it has acquired
+  those of all. So nobody writes there while the caller has it. Peers read there only in a combine whose outputs lie in
+  it, and R ends that combine when it has acquired that all have read. So it is R's alone when R chooses it again.
+- Counts, fields. R reads those of P for dispatch e before it releases direct-rows of e. P changes them in e + 1, after
+  it has ended e, so after it has acquired direct-rows of R. The same holds of combine, with direct-read.
+- Returned rows. R has read those of P for combine c before it releases direct-read of c; P ends c after that. So both
+  the managed area and the caller's own array may be written when combine returns.
+- Epochs only grow, and have one writer. A rank is at most one operation ahead, since it ends none without all others.
+
+Any mix of operations in the same order at all ranks is safe, with a rank delayed at any stage
+(tests/multirank/test_moe_delays.py does that). Rows are summed in an order fixed by the routing, so the result does not
+depend on timing.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..kernels import copy, moe_direct as kernels, wait, words
+from ..layout import moe_direct as layout
+from ..layout.moe import INDEX_DTYPE, RT_ARRIVING, SOURCE_DTYPE
+from ..layout.moe_direct import DIRECT_FIELD_BYTES, SLOTS, DirectBlocks, direct_blocks
+from ..layout.record import align_up
+from ..layout.segment import PAGE_BYTES
+from . import traced_moe
+from .buffers import address_of
+from .core import Core, Waiting
+from .dispatched import Dispatched, Outputs, Routing
+from .managed import Part, Reservation
+from .moe_input import bad_choice
+from .moe_protocol import MoeProtocol
+from .moe_shape import MoeShape
+from .steps import Steps
+
+_DISPATCH = ("count", "announce", "await-counts", "plan", "write", "notify", "await-rows")
+_COMBINE = ("return", "announce", "await-ready", "reduce", "release", "await-read")
+#: For what each wait waits.
+_WORDS = {
+    "await-counts": layout.DF_COUNTED,
+    "await-rows": layout.DF_WRITTEN,
+    "await-ready": layout.DF_READY,
+    "await-read": layout.DF_READ,
+}
+
+
+class Direct(MoeProtocol):
+    """Each row is written once, to its final place, and summed where it lies.
+
+    Args:
+        comm: the communicator.
+        shape: of the ExpertParallel object.
+        arguments: of its construction, which must be the same at all ranks.
+
+    Raises:
+        UsageError: ranks differ in an argument.
+        CapacityError: the managed area or the memory is exhausted.
+    """
+
+    name = "direct"
+
+    def __init__(self, comm: Any, shape: MoeShape, arguments: dict[str, int]) -> None:
+        super().__init__(comm.core, shape)
+        blocks = blocks_of(shape)
+        fields_bytes = shape.ranks * DIRECT_FIELD_BYTES
+        self._reserved = Reservation(
+            comm, "ExpertParallel", arguments, (fields_bytes, blocks.total_bytes), (fields_bytes, blocks.slots)
+        )
+        heap = self._reserved.block
+        self._segment_bytes = self._core.fabric.segment_bytes
+        self._fields = self._own_segment + self._reserved.fields
+        self._slots = _Slots(self._core, shape, blocks, heap + blocks.slots)
+        # What the caller holds stays as it is when everything else is given back.
+        self._core.lent[heap] = partial(_any_held, self._slots.raws)
+        self._returns_offset = heap + blocks.returns
+        self._returns = Part(self._core, self._returns_offset, blocks.total_bytes - blocks.returns)
+        self._direct = np.zeros(layout.DIRECT.size_bytes // 8, np.int64)
+        self._direct_address = address_of(self._direct)
+        for offset, value in {
+            layout.DI_FIELDS: self._reserved.fields,
+            layout.DI_COUNTS: heap,
+            layout.DI_SCALES: blocks.scales,
+            layout.DI_SOURCE: blocks.source,
+            layout.DI_INDEX: blocks.index,
+            layout.DI_WEIGHTS: blocks.weights,
+            layout.DI_DEDUP: int(shape.is_dedup),
+        }.items():
+            self._direct[offset // 8] = value
+
+    # -- dispatch ---------------------------------------------------------------------------------------------------
+
+    def dispatch(self, steps: Steps, x: npt.NDArray[Any], routing: Routing, outputs: Outputs) -> Dispatched:
+        """See `MoeProtocol.dispatch`."""
+        direct, slots = self._direct, self._slots
+        slot, may_give = slots.choose()
+        direct[layout.DI_SLOT // 8] = slots.offsets[slot]
+        direct[layout.DI_CAPACITY // 8] = slots.capacities[slot]
+        epoch = self._dispatches + 1
+        idx, gates, counts = routing.idx, routing.gates, None
+        if idx is not None:
+            counts = np.empty(self._shape.local_experts, np.int64)
+        steps.begin(epoch)
+        routing.epoch = epoch
+        call = partial(
+            kernels.dispatch.call, self.state_address, self._direct_address, routing.address, address_of(x),
+            0 if idx is None else address_of(idx), 0 if gates is None else address_of(gates),
+            0 if counts is None else address_of(counts),
+        )  # fmt: skip
+        status = self._through(steps, _DISPATCH, call, "dispatch", epoch, self._with_memory(routing))
+        if status == kernels.BAD_CHOICE:
+            steps.withdraw()
+            assert idx is not None
+            raise bad_choice(idx, int(direct[layout.DI_RESULT // 8]), self._shape.num_experts)
+        if status == wait.MISMATCH:
+            peer = int(direct[layout.DI_RESULT // 8])
+            raise self._bad_source(routing, peer, words.load(self._field(peer) + layout.DF_ROOT))
+        self._dispatches = epoch
+        routing.idx = routing.gates = None
+        result = self._result(slot, may_give, routing, outputs, counts)
+        steps.finish(traced_moe.direct_dispatched, self._shape, routing)
+        return result
+
+    def _with_memory(self, routing: Routing) -> Callable[[], None]:
+        """Back slots with memory, at all ranks to which more comes than theirs have."""
+
+        def back() -> None:
+            arriving = routing.part(RT_ARRIVING, self._shape.ranks)
+            for peer, rows in enumerate(arriving.tolist()):
+                field = self._field(peer)
+                if rows > words.load(field + layout.DF_CAPACITY):
+                    self._slots.back(peer, words.load(field + layout.DF_SLOT), rows)
+
+        return back
+
+    def _result(
+        self, slot: int, may_give: bool, routing: Routing, outputs: Outputs, counts: npt.NDArray[np.int64] | None
+    ) -> Dispatched:
+        """The slot itself; or a copy, if the caller wants the rows elsewhere, or holds all other slots."""
+        tokens, scales = self._slots.rows(slot, routing)
+        source, index, weights = (None, None, None) if counts is None else self._slots.origins(slot, routing)
+        if may_give and not outputs.are_given:
+            return outputs.wrap(routing, tokens, scales, counts, source, index, weights)
+        result = outputs.make(routing, counts)
+        for there, here in (
+            (result.tokens, tokens), (result.scales, scales), (result.source, source), (result.index, index),
+            (result.weights, weights),
+        ):  # fmt: skip
+            if there is not None and here is not None:
+                copy.copy.call(address_of(there), address_of(here), here.nbytes)
+        return result
+
+    # -- combine ----------------------------------------------------------------------------------------------------
+
+    def combine(
+        self,
+        steps: Steps,
+        expert_out: npt.NDArray[Any],
+        routing: Routing,
+        weights: npt.NDArray[np.float32] | None,
+        shared_out: npt.NDArray[Any] | None,
+        y: npt.NDArray[Any],
+    ) -> None:
+        """See `MoeProtocol.combine`."""
+        copied, returns = address_of(expert_out), self._returns_offset
+        if self._lies_here(expert_out, y):
+            copied, returns = 0, copied - self._own_segment
+        else:
+            self._returns.grow(expert_out.nbytes)
+        epoch = self._combines + 1
+        steps.begin(epoch)
+        call = partial(
+            kernels.combine.call, self.state_address, self._direct_address, routing.address, epoch, copied, returns,
+            0 if weights is None else address_of(weights), 0 if shared_out is None else address_of(shared_out),
+            address_of(y),
+        )  # fmt: skip
+        status = self._through(steps, _COMBINE, call, "combine", epoch)
+        if status == wait.MISMATCH:
+            peer = int(self._direct[layout.DI_RESULT // 8])
+            raise self._other_dispatch(routing, peer, words.load(self._field(peer) + layout.DF_DISPATCH))
+        self._combines = epoch
+        steps.finish(traced_moe.direct_combined, self._shape, routing, shared_out is not None, copied=copied != 0)
+
+    def _lies_here(self, expert_out: npt.NDArray[Any], y: npt.NDArray[Any]) -> bool:
+        """May peers read it where it is: whole in the own segment, and not where the result goes?"""
+        address, n_bytes = address_of(expert_out), expert_out.nbytes
+        start = address - self._own_segment
+        if not 0 <= start <= self._segment_bytes - n_bytes or address % expert_out.itemsize:
+            return False
+        result = address_of(y)
+        return result >= address + n_bytes or result + y.nbytes <= address
+
+    # -- both -------------------------------------------------------------------------------------------------------
+
+    def _through(
+        self,
+        steps: Steps,
+        stages: tuple[str, ...],
+        call: Callable[[int, int], int],
+        operation: str,
+        epoch: int,
+        back: Callable[[], None] | None = None,
+    ) -> int:
+        """Go through all stages: with one call of the kernel, or with one for each if somebody listens to steps.
+
+        Args:
+            steps: told of each, if somebody listens.
+            stages: their names.
+            call: the kernel, given the number of stages to be done, and until when.
+            operation: its name.
+            epoch: of the operation.
+            back: called if slots need memory.
+
+        Returns:
+            The kernel's status, when it is neither that of a wait nor BACK.
+        """
+        core = self._core
+        deadline_ns = time.monotonic_ns() + int(core.op_timeout_s * 1e9)
+        if not steps.is_watched:
+            status = call(len(stages), core.until_ns(deadline_ns))
+            return (
+                status
+                if status == wait.OK
+                else self._go_on(status, stages, partial(call, len(stages)), operation, epoch, deadline_ns, back)
+            )
+        for stop, name in enumerate(stages, 1):
+            steps(name)
+            deadline_ns = time.monotonic_ns() + int(core.op_timeout_s * 1e9)
+            status = call(stop, core.until_ns(deadline_ns))
+            status = self._go_on(status, stages, partial(call, stop), operation, epoch, deadline_ns, back)
+            if status != wait.OK:
+                return status
+        return wait.OK
+
+    def _go_on(
+        self,
+        status: int,
+        stages: tuple[str, ...],
+        step: Callable[[int], int],
+        operation: str,
+        epoch: int,
+        deadline_ns: int,
+        back: Callable[[], None] | None,
+    ) -> int:
+        """Go on after a first call of the kernel that ended with `status`. Each wait has the whole deadline."""
+        core = self._core
+        timeout_s = core.op_timeout_s
+
+        def describe() -> Waiting:
+            stage = stages[int(self._direct[layout.DI_STAGE // 8])]
+            peer = int(self._direct[layout.DI_CURSOR // 8])
+            seen = int(words.load(self._field(peer) + _WORDS[stage]))
+            return Waiting(f"{operation}, {stage} (of all ranks)", epoch, peer, epoch, seen)
+
+        while True:
+            status = core.finish(status, step, describe, timeout_s, deadline_ns)
+            if status == kernels.BACK:
+                assert back is not None
+                back()
+            elif status != kernels.MOVED:
+                return status
+            deadline_ns = time.monotonic_ns() + int(timeout_s * 1e9)
+            status = step(core.until_ns(deadline_ns))
+
+    def _field(self, peer: int) -> int:
+        """Address of the field that a peer writes here."""
+        return self._fields + peer * DIRECT_FIELD_BYTES
+
+    def free(self) -> None:
+        """See `MoeProtocol.free`. If results are held, the memory of all slots is kept."""
+        self._reserved.free()
+
+
+def blocks_of(shape: MoeShape) -> DirectBlocks:
+    """The parts of the managed block of an object of this shape."""
+    return direct_blocks(
+        ranks=shape.ranks, experts=shape.num_experts, max_tokens=shape.max_tokens, top_k=shape.top_k,
+        row_bytes=shape.row_bytes, return_bytes=shape.return_bytes, int8=shape.is_int8, dedup=shape.is_dedup,
+    )  # fmt: skip
+
+
+class _Slots:
+    """Parts of the managed area that hold the results of dispatches.
+
+    Args:
+        core: of this rank.
+        shape: of the ExpertParallel object.
+        blocks: what a slot has where.
+        start: offset of slot 0 in every segment.
+
+    Attributes:
+        offsets: of each slot in every segment.
+        capacities: rows for which there is memory in each of the own ones.
+        raws: all bytes of each of the own ones; every view of a result, and every view of a view, has one as its base.
+    """
+
+    def __init__(self, core: Core, shape: MoeShape, blocks: DirectBlocks, start: int) -> None:
+        self._core = core
+        self._shape = shape
+        self._blocks = blocks
+        self.offsets = [start + i * blocks.slot_bytes for i in range(SLOTS)]
+        self.capacities = [0] * SLOTS
+        self.raws = [core.fabric.view(core.rank, offset, blocks.slot_bytes) for offset in self.offsets]
+        self._most_rows = shape.ranks * shape.max_tokens * (1 if shape.is_dedup else shape.top_k)
+        #: Of each part: where it is in a slot, and its bytes for a row.
+        self._parts = [(0, shape.row_bytes), (blocks.source, SOURCE_DTYPE.itemsize)]
+        if shape.is_int8:
+            self._parts.append((blocks.scales, 4))
+        if shape.is_dedup:
+            self._parts += [(blocks.index, INDEX_DTYPE.itemsize * shape.top_k), (blocks.weights, 4 * shape.top_k)]
+
+    def choose(self) -> tuple[int, bool]:
+        """A slot to which nobody refers, and whether it may be given away: there is another one."""
+        found = -1
+        for slot in range(SLOTS):
+            if _references(self.raws, slot) == _REFERENCES_TO_A_FREE_SLOT:
+                if found >= 0:
+                    return found, True
+                found = slot
+        return found, False
+
+    def rows(self, slot: int, routing: Routing) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32] | None]:
+        """Tokens and scales that have come to a slot."""
+        n, raw, shape = routing.rows, self.raws[slot], self._shape
+        tokens: npt.NDArray[Any] = np.ndarray((n, shape.hidden), shape.token_dtype, raw)
+        return tokens, np.ndarray(n, np.float32, raw, self._blocks.scales) if shape.is_int8 else None
+
+    def origins(
+        self, slot: int, routing: Routing
+    ) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void] | None, npt.NDArray[np.float32] | None]:
+        """Source records that have come to a slot; with deduplicated rows, index and weights, too."""
+        raw, blocks, entries = self.raws[slot], self._blocks, routing.entries
+        source: npt.NDArray[np.void] = np.ndarray(routing.rows, SOURCE_DTYPE, raw, blocks.source)
+        if not self._shape.is_dedup:
+            return source, None, None
+        index: npt.NDArray[np.void] = np.ndarray(entries, INDEX_DTYPE, raw, blocks.index)
+        return source, index, np.ndarray(entries, np.float32, raw, blocks.weights)
+
+    def back(self, rank: int, offset: int, rows: int) -> None:
+        """Back a slot of a rank with memory for so many rows, and a quarter more.
+
+        Raises:
+            CapacityError: there is no memory.
+        """
+        rows = min(rows + rows // 4, self._most_rows)
+        for start, each_bytes in self._parts:
+            self._core.fabric.commit(rank, offset + start, align_up(rows * each_bytes, PAGE_BYTES))
+        if rank == self._core.rank:
+            self.capacities[self.offsets.index(offset)] = rows
+
+
+def _references(raws: list[npt.NDArray[np.uint8]], slot: int) -> int:
+    """How many refer to a slot: the list does, and as many as a call makes of it, which is Python's affair."""
+    return sys.getrefcount(raws[slot])
+
+
+_REFERENCES_TO_A_FREE_SLOT = _references([np.empty(1, np.uint8)], 0)
+
+
+def _any_held(raws: list[npt.NDArray[np.uint8]]) -> bool:
+    """Does anybody refer to any slot?"""
+    return any(_references(raws, slot) > _REFERENCES_TO_A_FREE_SLOT for slot in range(SLOTS))
