@@ -80,6 +80,17 @@ def test_a_usual_call_is_one_call_of_a_kernel(fabric: str, ranks: int) -> None:
             assert 1 <= c_calls <= most_c, name
 
 
+def test_unusual_calls_do_not_push_out_usual_ones(fabric: str) -> None:
+    def main(comm: xccl.Communicator) -> tuple[int, int]:
+        call = usual(comm)["allreduce"]
+        call()
+        for _ in range(2 * KNOWN_CALLS):
+            comm.allreduce(np.ones(5), timeout_s=20.0)
+        return min(calls_in(call) for _ in range(5))
+
+    assert launch(main, RANKS, fabric) == [(1, 1)] * RANKS
+
+
 def test_direct_calls_keep_nothing(fabric: str) -> None:
     def main(comm: xccl.Communicator) -> list[int]:
         calls = list(usual(comm).values())

@@ -61,7 +61,7 @@ class KnownCalls:
         self._words[:, layout.CC_KERNEL // 8] = collective.address
         self._next = dict.fromkeys(kinds, 0)
         #: What the known calls lead to, by kind and place: it lives as long as they.
-        self._held: dict[tuple[Kind, int], tuple[np.dtype[Any], Plan]] = {}
+        self._held: dict[tuple[Kind, int], tuple[tuple[Any, ...], Plan]] = {}
         self.direct = DirectCalls(*(self._bind(kind) for kind in kinds))
 
     def _bind(self, kind: Kind) -> Direct:
@@ -72,7 +72,7 @@ class KnownCalls:
         self, plan: Plan, dtype: np.dtype[Any], n_bytes: int, op: str | None = None, root: int | None = None,
         algorithm: str | None = None,
     ) -> None:  # fmt: skip
-        """Know a call from now on, in place of the one that was added before most others.
+        """Know a call from now on, if need be in place of the one that was added first.
 
         Args:
             plan: the call.
@@ -82,10 +82,12 @@ class KnownCalls:
             root: the same.
             algorithm: the same; None in alltoallv.
         """
-        kind = plan.kind
+        kind, arguments = plan.kind, (id(dtype), dtype, n_bytes, op, root, algorithm)
+        if any(self._held.get((kind, place)) == (arguments, plan) for place in range(KNOWN_CALLS)):
+            return
         place = self._next[kind]
         self._next[kind] = (place + 1) % KNOWN_CALLS
-        self._held[kind, place] = dtype, plan
+        self._held[kind, place] = arguments, plan
         call = self._words[self._row[kind], _HEAD_WORDS + place * _CALL_WORDS :]
         for offset, value in {
             layout.KC_PLAN: plan.address,

@@ -27,7 +27,7 @@ from .ring import ANSWER_BYTES, FIELD_BYTES, MAX_LANES, REFUSAL_BYTES, SLOT_HEAD
 #: "XCCLSEG1" as a little-endian integer.
 MAGIC = int.from_bytes(b"XCCLSEG1", "little")
 #: Raised with every change of any layout.
-LAYOUT_VERSION = 5
+LAYOUT_VERSION = 6
 PAGE_BYTES = 4096
 
 HEADER = Record("segment header", "Written once by the owner; `ready` is published last (SYNC POINT segment-ready).")
