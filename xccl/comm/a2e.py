@@ -124,7 +124,7 @@ class Disaggregated:
                 domains=domains, microbatches=microbatches,
             )  # fmt: skip
         except UsageError as error:
-            core.refuse("Disaggregated", error)
+            core.refuse(error)
         self.shape = shape
         self.on_step: StepHook | None = None
         self._broken: str | None = None

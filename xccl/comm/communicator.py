@@ -137,7 +137,7 @@ class Communicator(SendReceive, Collectives, Grouping):
         try:
             dims, element = _require_shape(shape, dtype)
         except UsageError as error:
-            self.core.refuse("empty", error)
+            self.core.refuse(error)
         return SymmetricArray(self.core, self.app_allocator, dims, element)
 
     def signals(self, count: int) -> Signals:
@@ -151,7 +151,7 @@ class Communicator(SendReceive, Collectives, Grouping):
         try:
             count = require_int(count, "count", 1, 1 << 20)
         except UsageError as error:
-            self.core.refuse("signals", error)
+            self.core.refuse(error)
         return Signals(self.core, self.app_allocator, count)
 
     # -- barrier -----------------------------------------------------------------------------------------------------

@@ -316,7 +316,7 @@ class Core:
         if failed.size:
             raise CapacityError(f"{call}: rank {failed[0]} has no room for it, so no rank goes on", peer=int(failed[0]))
 
-    def refuse(self, call: str, error: UsageError) -> NoReturn:
+    def refuse(self, error: UsageError) -> NoReturn:
         """Raise `error` at once, and let the same call of the other ranks fail instead of waiting for this one."""
         self.refuse_exchange(error)
 

@@ -355,7 +355,7 @@ class Grouping:
         try:
             self._p2p.require_idle()
         except UsageError as error:
-            core.refuse("free", error)
+            core.refuse(error)
         core.agree("free", {"offset": 0})
         self._p2p.retire()
         for offset, allocator in list(core.blocks.items()):

@@ -73,7 +73,7 @@ class KVTransfer:
             self.max_pages = require_int(total if max_pages is None else max_pages, "max_pages", 1, total)
             self.max_requests = require_int(max_requests, "max_requests", 1, 1 << 12)
         except UsageError as error:
-            core.refuse("KVTransfer", error)
+            core.refuse(error)
         self.pool = pool
         self.layers, self.num_pages = pool.shape[:2]
         self.page_bytes = pool.nbytes // (self.layers * self.num_pages)
@@ -233,11 +233,10 @@ class KVTransfer:
         active = self.under_way
         if active:
             self.core.refuse(
-                "free",
                 UsageError(
                     f"rank {self.core.rank} cannot free the KVTransfer: {len(active)} requests are under way; wait for "
                     f"or cancel them first ({active[0]!r})", value=len(active), bound=0,
-                ),
+                )
             )  # fmt: skip
         collective_free(self.core, (self._allocator, self._block))
         for channel in (*self._sends.values(), self._receives):

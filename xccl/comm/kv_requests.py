@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,12 +60,13 @@ class KVRequest(Request):
         """What this request waits for."""
         return Waiting(f"{self.name} (layers)", self.request_id, self.peer, self.kv.layers, self._layers_seen())
 
+    @abstractmethod
     def _layers_seen(self) -> int:
-        raise NotImplementedError
+        """Layers that have been sent, or have come."""
 
+    @abstractmethod
     def settle(self, record: OperationRecord) -> None:
         """It has ended; `error` is set if this rank has given it up."""
-        raise NotImplementedError
 
     def failure(self, record: OperationRecord, state: int) -> XcclError:
         """Why the other side has ended it."""

@@ -108,7 +108,7 @@ class ExpertParallel:
                     raise UsageError(f"buffer_bytes is for protocol push, not {self.protocol}", value=buffer_bytes)
                 buffer_bytes = require_int(buffer_bytes, "buffer_bytes", 0, _MAX_BUFFER_BYTES)
         except UsageError as error:
-            core.refuse("ExpertParallel", error)
+            core.refuse(error)
         self._shape: MoeShape = shape
         self.num_experts, self.hidden, self.top_k = shape.num_experts, shape.hidden, shape.top_k
         self.max_tokens, self.dtype, self.token_dtype = shape.max_tokens, shape.dtype, shape.token_dtype
