@@ -108,9 +108,7 @@ class Fabric(ABC):
     def leave(self) -> None:
         """Say that this rank has done its work: its end is no failure. Wakes whoever waits for it in vain."""
         words.store(self.control + CTL_STATE, STATE_LEFT)
-        for peer in range(self.ranks):
-            if peer != self.rank:
-                wait.wake_kernel(int(self.controls[peer]))
+        wait.ring_all.call(self.controls.ctypes.data, self.ranks)
 
     def abort(self, kind: int, culprit: int, last_words: str = "") -> None:
         """End the session: set the abort word of every rank that has none yet, and wake it.

@@ -281,10 +281,11 @@ def disarm(control: int) -> None:
     _leave(control)
 
 
-@kernel("void(int64)")
-def wake_kernel(control: int) -> None:
-    """`wake`, for Python code."""
-    wake(control)
+@kernel("void(int64, int64)")
+def ring_all(controls: int, ranks: int) -> None:
+    """`ring` for each of `ranks` control areas, whose addresses are at `controls`, after publishing a word."""
+    for rank in range(ranks):
+        ring(load_i64(controls + 8 * rank))
 
 
 @kernel("void(int64, int64)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import sys
 import threading
@@ -23,6 +24,9 @@ _GRACE_S = 1.0
 _SWITCH_INTERVAL_S = 0.0005
 _MANY_RANKS = 16
 _LONGEST_SWITCH_INTERVAL_S = 0.1
+#: From so many ranks on, all share one core (docs/adr/0033): a rank that comes out of a short kernel takes the lock
+#: again at once there. With several cores a rank on another one has it by then, and each kernel costs two switches.
+_ONE_CORE_RANKS = 64
 
 
 def run_threads(
@@ -40,9 +44,13 @@ def run_threads(
     world = LocalWorld(geometry)
     messages: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
 
+    core = _shared_core(ranks)
+
     def rank_main(rank: int) -> None:
         comm: Communicator | None = None
         try:
+            if core is not None:
+                os.sched_setaffinity(0, {core})  # of this thread, and of those that it starts
             report = (lambda message: messages.put((rank, message))) if on_report is not None else None
             comm = Communicator(fabrics[rank], op_timeout_s=op_timeout_s, report=report)
             outcome = Outcome("result", main(comm, *args, **kwargs))
@@ -80,6 +88,12 @@ def run_threads(
     for thread in threads:
         thread.join()
     return [outcomes[rank].value for rank in range(ranks)]
+
+
+def _shared_core(ranks: int) -> int | None:
+    """The core that all ranks are to share, another one for the next process; None if they may use all."""
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[os.getpid() % len(cores)] if ranks >= _ONE_CORE_RANKS else None
 
 
 def _switch_interval_s(ranks: int) -> float:
