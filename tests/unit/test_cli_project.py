@@ -86,6 +86,26 @@ def test_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     assert few["projected"]["time_us"] < many["projected"]["time_us"]
 
 
+@pytest.mark.parametrize(
+    "op", ["allgather", "allreduce", "reduce-scatter", "alltoall", "alltoallv", "broadcast", "gather", "scatter"]
+)
+def test_collectives(op: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = projected(capsys, op, "--ep", "4,32", "--bytes", "1K,1M")
+    assert [(row["ranks"], row["bytes"]) for row in rows] == [(4, 1024), (4, 1 << 20), (32, 1024), (32, 1 << 20)]
+    times = [row["projected"]["time_us"] for row in rows]
+    assert 0 < times[0] < times[1]
+    assert 0 < times[2] < times[3]
+
+
+def test_algorithms_differ(capsys: pytest.CaptureFixture[str]) -> None:
+    """At 32 ranks and 4 MiB, two steps move a sixteenth of the bytes of a mesh."""
+    words = ("allreduce", "--ep", "32", "--bytes", "4M", "--algorithm")
+    (mesh,), (two,) = projected(capsys, *words, "mesh"), projected(capsys, *words, "two-step")
+    assert two["projected"]["time_us"] < mesh["projected"]["time_us"] / 4
+    (auto,) = projected(capsys, *words, "auto")
+    assert auto["projected"]["time_us"] == two["projected"]["time_us"]
+
+
 def test_kv_cache(capsys: pytest.CaptureFixture[str]) -> None:
     """The DMA engine is the default; layers and blocks cost time, and the page list next to none."""
     words = ("kv", "--blocks", "100", "--layers", "10")
@@ -233,7 +253,9 @@ def test_without_matplotlib(
         ("kv --lanes 3", "--lanes means nothing to kv"),
         ("kv --bytes 4M --blocks 1000000 --layers 10000", "10000 layers of 1000000 blocks of 4194304 bytes"),
         ("sendrecv --lanes 2,49", "49 must be from 1 to 48"),
-        ("gather", "invalid choice: 'gather'"),
+        ("gatherv", "invalid choice: 'gatherv'"),
+        ("allgather --algorithm two-step", "two-step"),
+        ("allgather --lanes 2", "--lanes means nothing to allgather"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_status_2(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

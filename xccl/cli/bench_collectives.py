@@ -13,7 +13,7 @@ from xccl.cli.bench_data import CHECKED, TIMED, Array, clear, count_wrong, dtype
 from xccl.cli.bench_part import Operation, Part
 from xccl.cli.options import BenchOptions, Case
 from xccl.comm import reference
-from xccl.protocol.collectives import FLOWS, Kind
+from xccl.protocol.collectives import FLOWS, Kind, part_elements
 
 if TYPE_CHECKING:
     from xccl.comm.communicator import Communicator
@@ -39,13 +39,6 @@ class Pool:
         keys = np.array(ranks, np.int64) * 7919 + part * 104_729 + data_round * 15_485_863
         found: Array = windows[keys % _PLACES]
         return found
-
-
-def part_elements(kind: Kind, size_bytes: int, item_bytes: int, ranks: int) -> int:
-    """Elements of a part: of what a rank has for one rank, or for all."""
-    flow = FLOWS[kind]
-    places = ranks if flow.parts or flow.keeps else 1
-    return max(size_bytes // (item_bytes * places), 1)
 
 
 @lru_cache(maxsize=4)

@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xccl.cli.bench_collectives import part_elements
 from xccl.cli.deployment import Deployment
 from xccl.cli.options import BenchOptions, Case
 from xccl.comm import reference
 from xccl.errors import UsageError
 from xccl.layout.dtypes import CODE_BY_NAME, DTYPE_OF
-from xccl.layout.ring import MAX_LANES
-from xccl.model.project import whole_experts
-from xccl.protocol import a2e, collectives, kv, moe, moe_direct, moe_push, onesided, p2p
+from xccl.model.project import describe_collective, whole_experts
+from xccl.protocol import a2e, kv, moe, moe_direct, moe_push, onesided, p2p
 from xccl.protocol.collectives import FLOWS, Kind
 from xccl.protocol.counts import RoutingCounts
 from xccl.protocol.routing import make_routing
@@ -133,12 +131,7 @@ def _kv(options: BenchOptions, page_bytes: int, ranks: int) -> Description:
 def _collective(options: BenchOptions, kind: Kind, size_bytes: int, ranks: int) -> Description:
     """A collective of that size; as in dispatch and combine, all lanes of a die take part."""
     item_bytes = DTYPE_OF[CODE_BY_NAME[options.dtype]].itemsize
-    n_bytes = part_elements(kind, size_bytes, item_bytes, ranks) * item_bytes
-    if kind == "alltoallv":
-        return collectives.alltoallv(np.full((ranks, ranks), n_bytes), lanes=MAX_LANES)
-    return collectives.describe(
-        kind, ranks, n_bytes, item_bytes=item_bytes, algorithm=options.algorithm, lanes=MAX_LANES
-    )  # fmt: skip
+    return describe_collective(kind, ranks, size_bytes, item_bytes=item_bytes, algorithm=options.algorithm)
 
 
 def _apart(options: BenchOptions, tokens: int, op: str, ranks: int) -> Description:

@@ -17,12 +17,15 @@ from xccl.cli.parsing import int_list, parse_bytes, refuse_given, whole_number
 from xccl.errors import ModelError, UsageError
 from xccl.layout.ring import MAX_LANES
 from xccl.model.skew import DISTRIBUTIONS
+from xccl.protocol.collectives import FLOWS
 
 if TYPE_CHECKING:
     from xccl.model.machine import Machine
     from xccl.model.project import Projection
     from xccl.protocol.stage import Description
 
+#: Names of collectives, as those of `xccl bench`.
+COLLECTIVES: Final = tuple(kind.replace("_", "-") for kind in FLOWS if kind != "agreement")
 _MOE: Final = ("tokens", "hidden", "topk", "experts", "quant", "routing")
 #: By operation: the options that say what it is. All others are for every operation.
 _OPTIONS_OF: Final[dict[str, tuple[str, ...]]] = {
@@ -32,6 +35,7 @@ _OPTIONS_OF: Final[dict[str, tuple[str, ...]]] = {
     **dict.fromkeys(("put", "get"), ("bytes", "engine")),
     "kv": ("bytes", "blocks", "layers", "engine"),
     "barrier": ("ep",),
+    **dict.fromkeys(COLLECTIVES, ("ep", "bytes", "algorithm")),
 }
 _SCHEMA: Final = 1
 #: A routing of no imbalance, which nobody draws.
@@ -58,7 +62,13 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     machine("--seed", type=whole_number(0), default=0, metavar="N", help="of skew and routing (default: 0)")
 
     experts = parser.add_argument_group("mixture of experts (dispatch combine moe a2e e2a)").add_argument
-    experts("--ep", type=int_list(1), default=(8, 32, 256), metavar="N[,N...]", help="ranks (default: 8,32,256)")
+    experts(
+        "--ep",
+        type=int_list(1),
+        default=(8, 32, 256),
+        metavar="N[,N...]",
+        help="ranks; of barrier and collectives, too (default: 8,32,256)",
+    )
     experts(
         "--tokens",
         type=int_list(0, _MOST_TOKENS),
@@ -83,18 +93,19 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     experts("--trampolines", type=whole_number(0), metavar="N",
             help="a2e, e2a: 0 is direct (default: attention dies, if there are enough expert dies)")  # fmt: skip
 
-    sized = parser.add_argument_group("bytes (sendrecv put get kv barrier)").add_argument
+    sized = parser.add_argument_group("bytes (sendrecv put get kv barrier, collectives)").add_argument
     sized(
         "--bytes",
         type=_sizes,
         default=(1 << 20,),
         metavar="SIZE[,SIZE...]",
-        help="of a message, of a block of kv (default: 1M)",
+        help="of a message, of a block of kv, of the larger buffer of a collective (default: 1M)",
     )
     sized(
         "--lanes", type=int_list(1, MAX_LANES), default=(2, 48), metavar="N[,N...]", help="of sendrecv (default: 2,48)"
     )
     sized("--engine", choices=("mte", "dma"), help="what moves the bytes (default: mte, but dma for kv)")
+    sized("--algorithm", choices=("auto", "mesh", "two-step"), default="auto", help="of a collective (default: auto)")
     sized("--blocks", type=whole_number(0, 10**6), default=16, metavar="N", help="kv: of a request (default: 16)")
     sized("--layers", type=whole_number(1, 10**4), default=61, metavar="N", help="kv: of the pools (default: 61)")
 

@@ -6,13 +6,22 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from xccl.cli.project import EVEN
+from xccl.cli.project import COLLECTIVES, EVEN
 from xccl.errors import UsageError
-from xccl.model.project import ROUTED_EXPERTS, describe_a2e, describe_kv, describe_moe, describe_send, whole_experts
+from xccl.model.project import (
+    ROUTED_EXPERTS,
+    describe_a2e,
+    describe_collective,
+    describe_kv,
+    describe_moe,
+    describe_send,
+    whole_experts,
+)
 from xccl.model.topology import place
 
 if TYPE_CHECKING:
     from xccl.model.machine import Machine
+    from xccl.protocol.collectives import Kind
     from xccl.protocol.counts import RoutingCounts
     from xccl.protocol.stage import Description, Engine
 
@@ -46,6 +55,12 @@ def described_work(args: argparse.Namespace, machine: Machine) -> Iterator[Work]
         for ranks in args.ep:
             place(machine, ranks)
             yield {}, [barrier(ranks)]
+    elif args.op in COLLECTIVES:
+        kind: Kind = args.op.replace("-", "_")
+        for ranks in args.ep:
+            place(machine, ranks)
+            for n_bytes in args.bytes:
+                yield {"bytes": n_bytes}, [describe_collective(kind, ranks, n_bytes, algorithm=args.algorithm)]
     else:
         yield from _sized_work(args, machine)
 

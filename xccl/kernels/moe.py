@@ -6,6 +6,7 @@ Kernels wait for nothing here; each is a stage, or a part of one.
 from __future__ import annotations
 
 from ..layout.moe import (
+    COUNT_MASK,
     EP_EXPERTS,
     EP_RANKS,
     EP_SCRATCH,
@@ -17,6 +18,7 @@ from ..layout.moe import (
     RT_GOT_COUNTS,
     RT_GOT_FIRST,
     RT_GROUPS,
+    RT_ROOT,
     RT_ROW_OF,
     RT_ROWS,
     RT_SENT_FIRST,
@@ -25,6 +27,7 @@ from ..layout.moe import (
 )
 from ._jit import device, kernel
 from .atomics import load_f32, load_i32, load_i64, store_f32, store_i64
+from .fields import tagged
 from .reduce import weighted_sum_rows
 
 #: In `row_of`, the rank that owns the expert stands above the row's number.
@@ -205,6 +208,35 @@ def _lay_runs(counts: int, firsts: int, ranks: int, groups: int, totals: int) ->
         if totals != 0:
             store_i64(totals + 8 * g, rows - first)
     return rows
+
+
+@device
+def take_counts(routing: int, source: int, local: int, word: int, counts: int) -> bool:
+    """Note what a source sends to each of the own experts.
+
+    Args:
+        routing: address of the routing record.
+        source: the rank.
+        local: how many experts this rank holds.
+        word: what its field says: rows, and the dispatch by whose routing it sends.
+        counts: address of int32 [local], the entries of each expert.
+
+    Returns:
+        False if it sends by another routing, or contradicts itself.
+    """
+    rows = word & COUNT_MASK
+    if word != tagged(rows, load_i64(routing + RT_ROOT)):
+        return False
+    entry_counts, got_counts = load_i64(routing + RT_ENTRY_COUNTS), load_i64(routing + RT_GOT_COUNTS)
+    total = 0
+    for e in range(local):
+        count = load_i32(counts + 4 * e)
+        total += count
+        store_i64(entry_counts + 8 * (source * local + e), count)
+    if got_counts == entry_counts:
+        return bool(rows == total)
+    store_i64(got_counts + 8 * source, rows)
+    return True
 
 
 @device

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from ..layout.moe import (
     COUNT_BITS,
-    COUNT_MASK,
     EN_ROW,
     EN_SLOT,
     EN_TOKEN,
@@ -29,7 +28,6 @@ from ..layout.moe import (
     EP_SCALES,
     EP_SCRATCH,
     EP_TOP_K,
-    EPOCH_MASK,
     EXF_COUNT,
     EXF_EVENT,
     EXF_FIRST_ROW,
@@ -52,7 +50,18 @@ from ..layout.segment import CONTROL_OFFSET
 from ._jit import device, kernel
 from .atomics import load_f32, load_i32, load_i64, store_f32, store_i32, store_i64, store_release
 from .copy import copy_bytes, copy_bytes_auto
-from .moe import ROW_BITS, ROW_MASK, first_expert, first_row_of, lay_out, local_experts, rows_from, segment
+from .fields import tagged
+from .moe import (
+    ROW_BITS,
+    ROW_MASK,
+    first_expert,
+    first_row_of,
+    lay_out,
+    local_experts,
+    rows_from,
+    segment,
+    take_counts,
+)
 from .quantise import quantise_row
 from .reduce import weighted_sum_rows
 from .wait import OK, ring_for
@@ -160,15 +169,10 @@ def dispatch_write_entries(state: int, routing: int, topk_idx: int, weights: int
 
 
 @device
-def _tagged(rows: int, epoch: int) -> int:
-    return rows | ((epoch & EPOCH_MASK) << COUNT_BITS)
-
-
-@device
 def _announce(state: int, fields: int, peer: int, event: int, first_row: int, count: int, epoch: int) -> None:
     field = _field_at(state, fields, peer)
     store_i64(field + EXF_FIRST_ROW, first_row)
-    store_i64(field + EXF_COUNT, _tagged(count, epoch))
+    store_i64(field + EXF_COUNT, tagged(count, epoch))
     # SYNC POINT expert-field: released after the rows; the peer's `wait_all` on `event` acquires it.
     store_release(field + EXF_EVENT, event)
     ring_for(segment(state, peer) + CONTROL_OFFSET, field + EXF_EVENT)
@@ -202,22 +206,10 @@ def dispatch_plan(state: int, routing: int, fields: int, counts_out: int) -> int
     """
     ranks, rank = load_i64(state + EP_RANKS), load_i64(state + EP_RANK)
     first, local = first_expert(state, rank), local_experts(state, rank)
-    entry_counts, got_counts = load_i64(routing + RT_ENTRY_COUNTS), load_i64(routing + RT_GOT_COUNTS)
-    root = load_i64(routing + RT_ROOT)
     for s in range(ranks):
         word = load_i64(_field_from(state, fields, s) + EXF_COUNT)
-        rows = word & COUNT_MASK
-        if word != _tagged(rows, root):
-            return -1 - s
         counts = segment(state, s) + load_i64(state + EP_COUNTS) + 4 * first
-        total = 0
-        for e in range(local):
-            count = load_i32(counts + 4 * e)
-            total += count
-            store_i64(entry_counts + 8 * (s * local + e), count)
-        if got_counts != entry_counts:
-            store_i64(got_counts + 8 * s, rows)
-        elif rows != total:
+        if not take_counts(routing, s, local, word, counts):
             return -1 - s
     lay_out(routing, ranks, local, counts_out)
     return OK
@@ -228,7 +220,7 @@ def dispatch_check(state: int, routing: int, fields: int) -> int:
     """Does each source repeat the same dispatch? OK, or -1 - s for the first that does not."""
     root = load_i64(routing + RT_ROOT)
     for s in range(load_i64(state + EP_RANKS)):
-        if load_i64(_field_from(state, fields, s) + EXF_COUNT) != _tagged(rows_from(routing, s), root):
+        if load_i64(_field_from(state, fields, s) + EXF_COUNT) != tagged(rows_from(routing, s), root):
             return -1 - s
     return OK
 
@@ -357,7 +349,7 @@ def combine_check(state: int, routing: int, fields: int) -> int:
     epoch = load_i64(routing + RT_EPOCH)
     for peer in range(load_i64(state + EP_RANKS)):
         count = load_i64(sent_rows + 8 * (peer + 1)) - load_i64(sent_rows + 8 * peer)
-        if load_i64(_field_from(state, fields, peer) + EXF_COUNT) != _tagged(count, epoch):
+        if load_i64(_field_from(state, fields, peer) + EXF_COUNT) != tagged(count, epoch):
             return -1 - peer
     return OK
 

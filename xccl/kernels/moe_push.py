@@ -9,8 +9,6 @@ Arguments that all have in common: `state` is the address of the ExpertParallel 
 from __future__ import annotations
 
 from ..layout.moe import (
-    COUNT_BITS,
-    COUNT_MASK,
     EP_DTYPE,
     EP_HIDDEN,
     EP_QUANT,
@@ -20,8 +18,6 @@ from ..layout.moe import (
     EP_ROW_BYTES,
     EP_SCRATCH,
     EP_TOP_K,
-    EPOCH_MASK,
-    RT_ENTRY_COUNTS,
     RT_ENTRY_FIRST,
     RT_EPOCH,
     RT_GOT_COUNTS,
@@ -82,7 +78,18 @@ from .atomics import (
     store_release,
 )
 from .copy import copy_bytes
-from .moe import ROW_BITS, ROW_MASK, first_expert, first_row_of, lay_out, local_experts, rows_from, segment
+from .fields import tagged
+from .moe import (
+    ROW_BITS,
+    ROW_MASK,
+    first_expert,
+    first_row_of,
+    lay_out,
+    local_experts,
+    rows_from,
+    segment,
+    take_counts,
+)
 from .quantise import quantise_row
 from .reduce import weighted_sum_rows
 from .wait import OK, relax, ring, ring_for, settle
@@ -127,11 +134,6 @@ def _place(state: int, push: int, at: int, token: int, slot: int) -> int:
 def _flag(state: int, push: int, at: int, token: int) -> int:
     """Address of the flag of a token at its rank."""
     return segment(state, at) + load_i64(push + PU_FLAGS) + token * HOT_LINE_BYTES
-
-
-@device
-def _tagged(rows: int, epoch: int) -> int:
-    return rows | ((epoch & EPOCH_MASK) << COUNT_BITS)
 
 
 @kernel("void(int64, int64, int64)")
@@ -231,7 +233,7 @@ def dispatch_notify(state: int, push: int, routing: int, has_counts: int) -> Non
                 store_i32(counts + 4 * e, load_i64(first + 8 * (e + 1)) - load_i64(first + 8 * e))
         field = _field_at(state, push, peer)
         rows = load_i64(sent_rows + 8 * (peer + 1)) - load_i64(sent_rows + 8 * peer)
-        store_i64(field + PF_COUNT + 8 * (epoch & 1), _tagged(rows, root))
+        store_i64(field + PF_COUNT + 8 * (epoch & 1), tagged(rows, root))
         # SYNC POINT push-flag: released after packets and counts; the peer's `wait_all` on `event` acquires it.
         store_release(field + PF_EVENT, epoch)
         ring_for(segment(state, peer) + CONTROL_OFFSET, field + PF_EVENT)
@@ -252,22 +254,10 @@ def dispatch_plan(state: int, push: int, routing: int, counts_out: int) -> int:
     """
     rank, ranks = load_i64(state + EP_RANK), load_i64(state + EP_RANKS)
     local = local_experts(state, rank)
-    entry_counts, got_counts = load_i64(routing + RT_ENTRY_COUNTS), load_i64(routing + RT_GOT_COUNTS)
-    epoch, root = load_i64(routing + RT_EPOCH), load_i64(routing + RT_ROOT)
+    epoch = load_i64(routing + RT_EPOCH)
     for s in range(ranks):
         word = load_i64(_field_from(state, push, s) + PF_COUNT + 8 * (epoch & 1))
-        rows = word & COUNT_MASK
-        if word != _tagged(rows, root):
-            return -1 - s
-        counts = _counts(state, push, rank, s, epoch)
-        total = 0
-        for e in range(local):
-            count = load_i32(counts + 4 * e)
-            total += count
-            store_i64(entry_counts + 8 * (s * local + e), count)
-        if got_counts != entry_counts:
-            store_i64(got_counts + 8 * s, rows)
-        elif rows != total:
+        if not take_counts(routing, s, local, word, _counts(state, push, rank, s, epoch)):
             return -1 - s
     lay_out(routing, ranks, local, counts_out)
     return OK
@@ -279,7 +269,7 @@ def dispatch_check(state: int, push: int, routing: int) -> int:
     epoch, root = load_i64(routing + RT_EPOCH), load_i64(routing + RT_ROOT)
     for s in range(load_i64(state + EP_RANKS)):
         word = load_i64(_field_from(state, push, s) + PF_COUNT + 8 * (epoch & 1))
-        if word != _tagged(rows_from(routing, s), root):
+        if word != tagged(rows_from(routing, s), root):
             return -1 - s
     return OK
 

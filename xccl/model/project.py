@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from ..errors import ModelError
 from ..layout.ring import MAX_LANES
-from ..protocol import a2e, kv, moe, moe_direct, moe_push, p2p
+from ..protocol import a2e, collectives, kv, moe, moe_direct, moe_push, p2p
+from ..protocol.collectives import Kind, part_elements
 from ..protocol.counts import RoutingCounts
 from ..protocol.stage import Description, Engine
 from .machine import Machine
@@ -195,6 +196,27 @@ def describe_send(machine: Machine, *, n_bytes: int, lanes: int, engine: Engine 
     return p2p.send_recv(
         2 * dies_per_node, [0], [dies_per_node], [n_bytes], lanes=lanes, engine=engine, slot_bytes=slot_bytes
     )
+
+
+def describe_collective(
+    kind: Kind, ranks: int, size_bytes: int, *, item_bytes: int = 2, algorithm: str = "auto"
+) -> Description:
+    """A collective of all ranks; all lanes of a die take part.
+
+    Args:
+        kind: which; alltoallv with parts of one size.
+        ranks: number of ranks.
+        size_bytes: of the larger of a rank's two buffers, as nccl-tests counts.
+        item_bytes: size of an element.
+        algorithm: as for `xccl.protocol.collectives.cut`.
+
+    Raises:
+        UsageError: there is no such algorithm.
+    """
+    n_bytes = part_elements(kind, size_bytes, item_bytes, ranks) * item_bytes
+    if kind == "alltoallv":
+        return collectives.alltoallv(np.full((ranks, ranks), n_bytes), lanes=MAX_LANES)
+    return collectives.describe(kind, ranks, n_bytes, item_bytes=item_bytes, algorithm=algorithm, lanes=MAX_LANES)
 
 
 def describe_kv(machine: Machine, *, page_bytes: int, blocks: int, layers: int, engine: Engine = "dma") -> Description:

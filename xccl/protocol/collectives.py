@@ -202,6 +202,13 @@ def _cut_in_two(ranks: int, n_bytes: int, half_bytes: int) -> Cut:
     return Cut("two-step", False, window_bytes, steps, window_bytes, used_bytes, _expose_bytes("allreduce", ranks))
 
 
+def part_elements(kind: Kind, size_bytes: int, item_bytes: int, ranks: int) -> int:
+    """Elements of a part, of what a rank has for one rank or for all, if the larger of its buffers has `size_bytes`."""
+    flow = FLOWS[kind]
+    places = ranks if flow.parts or flow.keeps else 1
+    return max(size_bytes // (item_bytes * places), 1)
+
+
 # -- descriptions -----------------------------------------------------------------------------------------------------
 
 
