@@ -21,7 +21,7 @@ from ..trace.record import Recorder
 from .barrier import BarrierState
 from .buffers import require_int
 from .collectives import Collectives
-from .core import Core, no_exchange, require_timeout
+from .core import Core, no_exchange, no_refusal, require_timeout
 from .exchange import Exchange
 from .groups import Grouping, GroupParts, Invitations
 from .p2p import PointToPoint
@@ -215,7 +215,8 @@ class Communicator(SendReceive, Collectives, Grouping):
             self._p2p.require_idle()
         self._p2p.shut_down()
         self.core.closed = True
-        self.core.exchange = no_exchange
+        # Not only what they refer to: a cycle would keep the memory until the collector comes.
+        self.core.exchange, self.core.refuse_exchange = no_exchange, no_refusal
         if not failed:
             self.core.fabric.leave()
         self.core.fabric.close()

@@ -113,7 +113,7 @@ class Core:
         self.lent: dict[int, Callable[[], bool]] = {}
         #: `Exchange.tell_all` and `Exchange.refuse` of the communicator, which sets them.
         self.exchange: Callable[[str, list[int]], np.ndarray] = no_exchange
-        self.refuse_exchange: Callable[[UsageError], NoReturn] = _raise
+        self.refuse_exchange: Callable[[UsageError], NoReturn] = no_refusal
         #: Drives requests that are under way; None while there are none.
         self.progress: Callable[[], object] | None = None
         self._cursor = np.zeros(1, np.int64)
@@ -370,7 +370,7 @@ def no_exchange(call: str, values: list[int]) -> np.ndarray:
     raise FabricError(f"{call}: this communicator has no collectives yet")
 
 
-def _raise(error: UsageError) -> NoReturn:
+def no_refusal(error: UsageError) -> NoReturn:
     raise error
 
 
