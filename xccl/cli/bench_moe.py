@@ -19,6 +19,7 @@ from xccl.cli.options import BenchOptions, Case
 from xccl.comm import reference
 from xccl.comm.dispatched import Dispatched
 from xccl.comm.moe import ExpertParallel
+from xccl.comm.moe_direct import Direct
 from xccl.protocol.routing import make_routing
 
 if TYPE_CHECKING:
@@ -116,8 +117,11 @@ class Moe(Operation):
         d = _stripped(self.dispatch(x, topk_idx, weights))
         received, sent = len(d.source), d.routing.sent
         dispatch_bytes, combine_bytes = sent * row_bytes, received * hidden * itemsize
-        expert_out = self.ep.empty_outputs(d)
-        expert_out[...] = 0
+        if self.ep.protocol == Direct.name:
+            expert_out = self.ep.empty_outputs(d)
+            expert_out[...] = 0
+        else:  # one buffer for timed and for checked rounds: of hundreds of ranks, a second one is gigabytes
+            expert_out = self.output_buffer(received)
 
         def round_trip() -> None:
             self.combine(expert_out, self.dispatch(x, topk_idx, weights), weights)
