@@ -371,6 +371,7 @@ def no_exchange(call: str, values: list[int]) -> np.ndarray:
 
 
 def no_refusal(error: UsageError) -> NoReturn:
+    """What `Core.refuse_exchange` is before the communicator has one, and after it was closed."""
     raise error
 
 
