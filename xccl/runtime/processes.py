@@ -26,7 +26,7 @@ from .cleanup import remove_session
 from .outcome import Outcome, raise_failure
 
 #: After a failure the other ranks get this long to end with errors of their own.
-_GRACE_S = 2.0
+_GRACE_S = 1.0
 #: A rank that has sent its outcome, or that noticed the end of the session, gets this long to exit.
 _EXIT_S = 0.05
 #: After SIGTERM, until SIGKILL.
