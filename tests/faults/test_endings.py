@@ -330,8 +330,7 @@ def test_a_rank_that_computes_while_another_fails(how: str, fails: str, tmp_path
     start = time.monotonic()
     with pytest.raises((Failure, xccl.PeerDied)) as caught:
         xccl.launch(main, RANKS, timeout_s=PATIENCE_S, on_report=lambda rank, pid: pids.append(pid))
-    # 1 s of grace, then SIGTERM, 0.3 s, SIGKILL; on a busy machine a little more, but never what is computed.
-    assert 1.0 < time.monotonic() - start < 6.0
+    assert 1.0 < time.monotonic() - start < 2.0  # 1 s of grace, then SIGTERM, 0.3 s, SIGKILL
     if fails == "raises":
         assert type(caught.value) is Failure
     else:

@@ -63,7 +63,7 @@ def run(small_shm: tuple[str, ...], code: str) -> dict[str, Any]:
     assert (status, err) == (0, "")
     (found,) = said[0]
     assert (found["left"], found["children"]) == ([], [])
-    assert found["seconds"] < 15.0  # an error at once, and no deadline of 20 s
+    assert found["seconds"] < 3.0
     result: dict[str, Any] = found
     return result
 

@@ -63,7 +63,8 @@ def test_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     sources = [parameter.source for parameter in machine.parameters.values()]
     assert sum(source.startswith("measured by xccl calibrate host, ") for source in sources) >= 15
     for parameter in machine.parameters.values():
-        assert all(0.01 < figure < 1000 for _, figure in parameter.curve), parameter
+        least = 0.01 if parameter.name.endswith("_us") else 0.05  # times, or rates
+        assert all(least < figure < 1000 for _, figure in parameter.curve), parameter
     assert 0.1 < machine["vector.rate_gelements"] < 1000
     check_rows(out)
     assert main(["validate", "--machine", "host"]) in (0, 1)  # the machine may be too busy for the bounds

@@ -147,23 +147,6 @@ def remainder(typingctx: Any, dividend: Any, divisor: Any) -> Any:
 
 
 @intrinsic
-def prefetch_for_write(typingctx: Any, address: Any) -> Any:
-    """Ask for the cache line at `address`, to be written soon."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        byte_pointer = ir.IntType(8).as_pointer()
-        i32 = ir.IntType(32)
-        function = builder.module.declare_intrinsic(
-            "llvm.prefetch", (byte_pointer,), ir.FunctionType(ir.VoidType(), [byte_pointer, i32, i32, i32])
-        )
-        pointer = _pointer(builder, args[0], ir.IntType(8))
-        builder.call(function, [pointer, *(ir.Constant(i32, n) for n in (1, 3, 1))])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
-
-
-@intrinsic
 def _as_pointer(typingctx: Any, address: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], ir.IntType(8).as_pointer())

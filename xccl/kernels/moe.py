@@ -8,6 +8,7 @@ from __future__ import annotations
 from ..layout.moe import (
     COUNT_MASK,
     EP_EXPERTS,
+    EP_RANK,
     EP_RANKS,
     EP_SCRATCH,
     EP_SEGMENTS,
@@ -25,10 +26,12 @@ from ..layout.moe import (
     RT_SENT_ROWS,
     RT_TOKENS,
 )
+from ..layout.segment import CONTROL_OFFSET
 from ._jit import device, kernel
-from .atomics import load_f32, load_i32, load_i64, store_f32, store_i64
+from .atomics import load_f32, load_i32, load_i64, store_f32, store_i64, store_release
 from .fields import tagged
 from .reduce import weighted_sum_rows
+from .wait import ring_for
 
 #: In `row_of`, the rank that owns the expert stands above the row's number.
 ROW_BITS = 40
@@ -208,6 +211,25 @@ def _lay_runs(counts: int, firsts: int, ranks: int, groups: int, totals: int) ->
         if totals != 0:
             store_i64(totals + 8 * g, rows - first)
     return rows
+
+
+@device
+def tell_all(state: int, fields: int, field_bytes: int, word: int, value: int) -> None:
+    """Release a word of the own field at every rank, the next rank first, to spread the load.
+
+    Args:
+        state: address of the ExpertParallel state.
+        fields: offset in every segment of the fields of all ranks there.
+        field_bytes: of a field.
+        word: offset in the field.
+        value: what the word becomes.
+    """
+    rank, ranks = load_i64(state + EP_RANK), load_i64(state + EP_RANKS)
+    own = fields + rank * field_bytes + word
+    for i in range(1, ranks + 1):
+        peer = segment(state, (rank + i) % ranks)
+        store_release(peer + own, value)
+        ring_for(peer + CONTROL_OFFSET, peer + own)
 
 
 @device

@@ -60,14 +60,13 @@ from ..layout.moe_direct import (
     DI_WEIGHTS,
     DIRECT_FIELD_BYTES,
 )
-from ..layout.segment import CONTROL_OFFSET
 from ._jit import device, kernel
-from .atomics import load_f32, load_i32, load_i64, store_f32, store_i32, store_i64, store_release
+from .atomics import load_f32, load_i32, load_i64, store_f32, store_i32, store_i64
 from .copy import copy_bytes, copy_bytes_auto
-from .moe import ROW_BITS, ROW_MASK, first_expert, first_row_of, route_rows, route_rows_dedup, segment
+from .moe import ROW_BITS, ROW_MASK, first_expert, first_row_of, route_rows, route_rows_dedup, segment, tell_all
 from .quantise import quantise_row
 from .reduce import weighted_sum_rows
-from .wait import MISMATCH, OK, SLICE, await_words, ring_for
+from .wait import MISMATCH, OK, SLICE, await_words
 
 #: Statuses of their own: a slot needs more memory; an element of `topk_idx` is no expert; a wait has ended with SLICE,
 #: but another one than that with which the call began.
@@ -97,17 +96,6 @@ def _field_from(state: int, direct: int, peer: int) -> int:
 def _field_at(state: int, direct: int, peer: int) -> int:
     """Address of the field that this rank writes in the segment of `peer`."""
     return segment(state, peer) + load_i64(direct + DI_FIELDS) + load_i64(state + EP_RANK) * DIRECT_FIELD_BYTES
-
-
-@device
-def _tell(state: int, direct: int, word: int, epoch: int) -> None:
-    """Release a word of the own field at every rank, the next rank first, to spread the load."""
-    rank, ranks = load_i64(state + EP_RANK), load_i64(state + EP_RANKS)
-    for i in range(1, ranks + 1):
-        peer = (rank + i) % ranks
-        address = _field_at(state, direct, peer) + word
-        store_release(address, epoch)
-        ring_for(segment(state, peer) + CONTROL_OFFSET, address)
 
 
 @device
@@ -146,7 +134,7 @@ def _announce(state: int, direct: int, routing: int) -> None:
         store_i64(field + DF_CAPACITY, load_i64(direct + DI_CAPACITY))
         store_i64(field + DF_ROOT, load_i64(routing + RT_ROOT) & EPOCH_MASK)
     # SYNC POINT direct-counts: released after counts and fields; every rank acquires it before it plans.
-    _tell(state, direct, DF_COUNTED, load_i64(routing + RT_EPOCH))
+    tell_all(state, load_i64(direct + DI_FIELDS), DIRECT_FIELD_BYTES, DF_COUNTED, load_i64(routing + RT_EPOCH))
 
 
 @device
@@ -356,7 +344,7 @@ def dispatch(
         stage = NOTIFY
     if stage == NOTIFY and stage < stop:
         # SYNC POINT direct-rows: released after rows and entries.
-        _tell(state, direct, DF_WRITTEN, epoch)
+        tell_all(state, load_i64(direct + DI_FIELDS), DIRECT_FIELD_BYTES, DF_WRITTEN, epoch)
         stage = AWAIT_ROWS
     if stage == AWAIT_ROWS and stage < stop:
         # SYNC POINT direct-rows: acquires the rows of all sources.
@@ -446,7 +434,7 @@ def combine(
             store_i64(field + DF_RETURNS, returns)
             store_i64(field + DF_DISPATCH, load_i64(routing + RT_EPOCH))
         # SYNC POINT direct-returns: released after the experts' outputs, and where they are.
-        _tell(state, direct, DF_READY, epoch)
+        tell_all(state, load_i64(direct + DI_FIELDS), DIRECT_FIELD_BYTES, DF_READY, epoch)
         stage = AWAIT_READY
     if stage == AWAIT_READY and stage < stop:
         # SYNC POINT direct-returns: acquires the outputs of all.
@@ -461,7 +449,7 @@ def combine(
         stage = RELEASE
     if stage == RELEASE and stage < stop:
         # SYNC POINT direct-read: released after the last read.
-        _tell(state, direct, DF_READ, epoch)
+        tell_all(state, load_i64(direct + DI_FIELDS), DIRECT_FIELD_BYTES, DF_READ, epoch)
         stage = AWAIT_READ
     if stage == AWAIT_READ and stage < stop:
         # SYNC POINT direct-read: acquires that all have read what lies here; it may be overwritten then.

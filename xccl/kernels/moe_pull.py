@@ -61,6 +61,7 @@ from .moe import (
     rows_from,
     segment,
     take_counts,
+    tell_all,
 )
 from .quantise import quantise_row
 from .reduce import weighted_sum_rows
@@ -308,14 +309,8 @@ def dispatch_pull_entries(state: int, routing: int, source: int, index: int, wei
 @kernel("void(int64, int64, int64)")
 def release(state: int, fields: int, epoch: int) -> None:
     """Tell each peer that this rank has pulled all it wanted from it, up to `epoch`."""
-    ranks = load_i64(state + EP_RANKS)
-    for i in range(1, ranks + 1):
-        peer = (load_i64(state + EP_RANK) + i) % ranks
-        # SYNC POINT expert-pulled: released after the reads; the peer's `wait_all` on `pulled` acquires it before it
-        # writes.
-        word = _field_at(state, fields, peer) + EXF_PULLED
-        store_release(word, epoch)
-        ring_for(segment(state, peer) + CONTROL_OFFSET, word)
+    # SYNC POINT expert-pulled: released after the reads; the peer's `wait_all` acquires it before it writes.
+    tell_all(state, fields, EXPERT_FIELD_BYTES, EXF_PULLED, epoch)
 
 
 @kernel("void(int64, int64, int64)")

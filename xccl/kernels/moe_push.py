@@ -89,6 +89,7 @@ from .moe import (
     rows_from,
     segment,
     take_counts,
+    tell_all,
 )
 from .quantise import quantise_row
 from .reduce import weighted_sum_rows
@@ -139,13 +140,8 @@ def _flag(state: int, push: int, at: int, token: int) -> int:
 @kernel("void(int64, int64, int64)")
 def release(state: int, push: int, operations: int) -> None:
     """Tell each peer that this rank has read all that it got in so many operations."""
-    ranks = load_i64(state + EP_RANKS)
-    for i in range(1, ranks + 1):
-        peer = (load_i64(state + EP_RANK) + i) % ranks
-        # SYNC POINT push-taken: released after the reads; the peer's `wait_all` acquires it before it writes.
-        word = _field_at(state, push, peer) + PF_TAKEN
-        store_release(word, operations)
-        ring_for(segment(state, peer) + CONTROL_OFFSET, word)
+    # SYNC POINT push-taken: released after the reads; the peer's `wait_all` acquires it before it writes.
+    tell_all(state, load_i64(push + PU_FIELDS), FIELD_BYTES, PF_TAKEN, operations)
 
 
 @device

@@ -85,7 +85,7 @@ from ..layout.ring import (
     STATE_REFUSED,
 )
 from ._jit import device
-from .atomics import load_acquire, load_i64, prefetch_for_write, remainder, store_i64, store_release
+from .atomics import load_acquire, load_i64, remainder, store_i64, store_release
 from .copy import copy_bytes
 from .wait import PENDING, ring
 from .zerocopy import ENDED, MOVED, offer, piece_bytes, pull, push, set_up_transfer
@@ -360,8 +360,6 @@ def step_receive(channel: int, op: int) -> int:
         position = load_i64(channel + CH_NEXT)
         slot = _slot(channel, position)
         if load_i64(op + OP_CHUNKS) == 0:
-            # It will be acknowledged soon; the line arrives while the slot is read.
-            prefetch_for_write(load_i64(channel + CH_ACK_FIELDS))
             lanes = load_i64(channel + CH_STALE_LANES)
             if lanes != 0 and load_i64(slot + SLOT_FIRST) == load_i64(channel + CH_STALE_FIRST):
                 # A chunk of the message that was refused last.
