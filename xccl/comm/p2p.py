@@ -413,7 +413,11 @@ class PointToPoint:
         record = request._record
         assert record is not None
         request.error = error
-        if kernels.give_up.call(self.driver.address, record.address, time.monotonic_ns() + _SETTLE_NS) == wait.SLICE:
+        # What has ended copies nothing, although it may have said that it would.
+        is_dead = any(peer == request.peer for peer, _ in request.owner.core.fabric.dead_peers())
+        until_ns = time.monotonic_ns() + (0 if is_dead else _SETTLE_NS)
+        status = kernels.give_up.call(self.driver.address, record.address, until_ns)
+        if status == wait.SLICE and not is_dead:
             _LIMBO.append(request.buffer)
         self.driver.collect()
 
