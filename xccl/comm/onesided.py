@@ -210,12 +210,16 @@ class OneSided:
             WaitTimeout: at the deadline, with the value expected and seen.
             PeerDied, SessionAborted: the session is over.
         """
-        began_ns = 0
         if type(signals) is Signals:
-            direct: int | None = self._direct_wait(signals.handle, index, comparison, value, timeout_s)
-            if direct is not None:
-                return direct
-            began_ns = self.core.calls.began_ns()
+            seen: int | None = self._direct_wait(signals.handle, index, comparison, value, timeout_s)
+            if seen is not None:
+                return seen
+        return self._wait_until(signals, index, comparison, value, timeout_s)
+
+    def _wait_until(self, signals: Signals, index: int, comparison: str, value: int, timeout_s: float | None) -> int:
+        """The long way, or the rest of it: the direct call may have waited already."""
+        # A function of its own: the variables of the closures below are made when a function is entered.
+        began_ns = self.core.calls.began_ns() if type(signals) is Signals else 0
         word, control = self._signal_word(signals, index, self.rank)
         code = _COMPARISONS.get(str(comparison))
         if code is None:
