@@ -5,6 +5,7 @@ Counts of kernel calls and of copied bytes have bounds here, so that a regressio
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -203,8 +204,12 @@ def test_the_result_over_outputs_in_place(fabric: str) -> None:
 
 
 def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts the calls of kernels from now on, by name."""
+    """Counts the calls of kernels from now on, by name; direct ones, which are bound to a record, by this thread."""
     calls: Counter[str] = Counter()
+
+    def note(_: object, event: str, function: Any) -> None:
+        if event == "c_call" and isinstance(getattr(function, "__self__", None), int):
+            calls[function.__name__] += function.__name__ in ("dispatch", "combine")
 
     def counted(kernel: _jit.Kernel) -> Any:
         call = kernel.call
@@ -219,6 +224,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     for kernel in _jit._DECLARED:
         if isinstance(kernel, _jit.Kernel):
             monkeypatch.setattr(kernel, "call", counted(kernel))
+    sys.setprofile(note)
     return calls
 
 
@@ -233,16 +239,17 @@ def test_calls_of_kernels(
     def main(comm: xccl.Communicator) -> tuple[int, int, int]:
         ep = shape.expert_parallel(comm)
         held = [r.dispatch(0, ep), r.dispatch(0, ep)]  # two slots have memory from now on
-        r.combine(0, ep, held.pop())
-        held.clear()
         weights = r.weights[0] if rows == "dedup" else None
         out = r.outs[0] if r.partials is None else r.partials[0]
+        ep.combine(out, held.pop(), None if rows == "dedup" else r.weights[0])  # so has what outputs are copied to
+        held.clear()
         calls = kernel_calls(monkeypatch)
         d = ep.dispatch(r.xs[0], r.topk_idxs[0], topk_weights=weights)
         first = calls.total()
         again = ep.dispatch(r.xs[0], handle=d)
         second = calls.total()
         ep.combine(out, again, None if rows == "dedup" else r.weights[0])
+        sys.setprofile(None)
         return first, second - first, calls.total() - second
 
     (found,) = launch(main, 1, "local")
@@ -335,3 +342,67 @@ def test_auto_is_direct_where_there_is_room(fabric: str) -> None:
 
     assert launch(main, 3, fabric) == ["direct"] * 3
     assert launch(main, 3, fabric, heap_bytes=1 << 20) == ["pull"] * 3
+
+
+# --- direct calls ----------------------------------------------------------------------------------------------------
+
+
+def test_unusual_arguments_come_to_the_same(fabric: str, rows: str) -> None:
+    """What the direct calls do not take goes the long way: strided, of another dtype, as a subclass of an array."""
+    shape = replace(SHAPE, rows=rows)
+    r = shape.round(5, [7, 12])
+    is_dedup = rows == "dedup"
+
+    def main(comm: xccl.Communicator) -> None:
+        ep, rank = shape.expert_parallel(comm), comm.rank
+        x, idx, weights = r.xs[rank], r.topk_idxs[rank], r.weights[rank]
+        twice = np.repeat(x, 2, axis=1)[:, ::2]
+        sent = [(twice, idx), (x, idx.astype(np.int32)), (x.view(np.recarray), idx), (x, np.asfortranarray(idx))]
+        gates = [weights, weights.astype(np.float64), np.asfortranarray(weights), weights.copy()]
+        out = (r.outs if r.partials is None else r.partials)[rank]
+        for (tokens, chosen), late in zip(sent, gates, strict=True):
+            d = ep.dispatch(tokens, chosen, topk_weights=late if is_dedup else None)
+            r.check_dispatched(rank, d)
+            for outputs in (out, np.repeat(out, 2, axis=1)[:, ::2], out.view(np.recarray)):
+                assert_same(ep.combine(outputs, d, None if is_dedup else late), r.ys[rank])
+            y = np.empty_like(r.ys[rank])
+            assert ep.combine(out, d, None if is_dedup else late, out=y) is y
+            assert_same(y, r.ys[rank])
+
+    launch(main, 2, fabric)
+
+
+def test_wrong_arguments_are_refused_and_leave_the_object_usable(fabric: str) -> None:
+    r = SHAPE.round(6, [5, 5])
+
+    def main(comm: xccl.Communicator) -> None:
+        ep, rank = SHAPE.expert_parallel(comm), comm.rank
+        x, idx = r.xs[rank], r.topk_idxs[rank]
+        bad = idx.copy()
+        bad[-1, -1] = SHAPE.num_experts
+        too_few, flat, other = x[:, :-1].copy(), x.reshape(-1), x.astype(np.float16)
+        for wrong in ((too_few, idx), (flat, idx), (other, idx), (x, idx[:-1]), (x, idx[:, :-1].copy()), (x, bad)):
+            assert isinstance(error_of(ep.dispatch, *wrong), UsageError)
+        d = ep.dispatch(x, idx)
+        out = r.outs[rank]
+        for wrong_out in (out[:-1].copy(), out[:, :-1].copy(), out.astype(np.float16)):
+            assert isinstance(error_of(ep.combine, wrong_out, d, r.weights[rank]), UsageError)
+        assert isinstance(error_of(ep.combine, out, d, r.weights[rank][:-1].copy()), UsageError)
+        assert isinstance(error_of(ep.combine, out, d, r.weights[rank], out=np.empty_like(out[:1, :-1])), UsageError)
+        r.check_dispatched(rank, d)
+        assert_same(ep.combine(out, d, r.weights[rank]), r.ys[rank])
+
+    launch(main, 2, fabric)
+
+
+def test_an_unread_result_holds_its_slot(fabric: str) -> None:
+    rounds = [SHAPE.round(i, RAGGED) for i in range(SLOTS + 2)]
+
+    def main(comm: xccl.Communicator) -> None:
+        ep, rank = SHAPE.expert_parallel(comm), comm.rank
+        held = [r.dispatch(rank, ep) for r in rounds]  # none of their arrays was asked for
+        for r, d in zip(rounds, held, strict=True):
+            r.check_dispatched(rank, d)
+        assert error_of(getattr, held[0], "no_such_thing") is not None
+
+    launch(main, 3, fabric)

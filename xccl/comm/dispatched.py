@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,14 +11,15 @@ import numpy.typing as npt
 
 from ..errors import CapacityError, UsageError
 from ..layout import moe as layout
-from ..layout.moe import INDEX_DTYPE, ROUTING, SOURCE_DTYPE
+from ..layout.moe import INDEX_DTYPE, ROUTING_WORDS, SOURCE_DTYPE
 from .buffers import BufferPool, address_of, require_array, writable
 
 if TYPE_CHECKING:
     from .moe import ExpertParallel
     from .moe_shape import MoeShape
+    from .slots import Slots
 
-_HEAD_WORDS = ROUTING.size_bytes // 8
+_HEAD_WORDS = ROUTING_WORDS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +32,7 @@ class Known:
     weights: npt.NDArray[np.float32] | None
 
 
-class _RoutingShape(NamedTuple):
+class RoutingShape(NamedTuple):
     """What routing records of one size have in common.
 
     Attributes:
@@ -46,12 +47,12 @@ class _RoutingShape(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _routing_shape(
+def routing_shape(
     tokens: int, top_k: int, experts: int, local_experts: int, ranks: int, destinations: int, dedup: bool
-) -> _RoutingShape:
+) -> RoutingShape:
+    """What routing records of these dimensions are like; see `Routing`. What depends on tokens comes last."""
     runs = ranks * local_experts
     sizes = {
-        layout.RT_ROW_OF: tokens * top_k,
         layout.RT_SENT_FIRST: experts + 1,
         layout.RT_SENT_ROWS: destinations + 1,
         layout.RT_ENTRY_COUNTS: runs,
@@ -59,6 +60,8 @@ def _routing_shape(
         layout.RT_ARRIVING: destinations,
         layout.RT_GOT_COUNTS: ranks if dedup else 0,
         layout.RT_GOT_FIRST: ranks if dedup else 0,
+        layout.RT_COUNTS: local_experts,
+        layout.RT_ROW_OF: tokens * top_k,
     }
     head, is_address = np.zeros(_HEAD_WORDS, np.int64), np.zeros(_HEAD_WORDS, np.int64)
     words = _HEAD_WORDS
@@ -71,7 +74,7 @@ def _routing_shape(
         head[layout.RT_GOT_FIRST // 8] = head[layout.RT_ENTRY_FIRST // 8]
     head[layout.RT_TOKENS // 8] = tokens
     head[layout.RT_GROUPS // 8] = 1 if dedup else local_experts
-    return _RoutingShape(words, head, is_address)
+    return RoutingShape(words, head, is_address)
 
 
 class Routing:
@@ -94,6 +97,8 @@ class Routing:
         gates: with deduplicated rows, their weights, float32 [tokens, top_k], until they are sent.
     """
 
+    __slots__ = ("_arrays", "_destinations", "_head", "_places", "_start", "address", "gates", "idx", "known", "tokens")
+
     def __init__(
         self,
         tokens: int,
@@ -105,7 +110,7 @@ class Routing:
         destinations: int | None = None,
         dedup: bool = False,
     ) -> None:
-        shape = _routing_shape(
+        shape = routing_shape(
             tokens, top_k, experts, local_experts, ranks, ranks if destinations is None else destinations, dedup
         )
         self._arrays = np.zeros(shape.words, np.int64)
@@ -122,17 +127,32 @@ class Routing:
         self.gates: npt.NDArray[np.float32] | None = None
 
     @classmethod
+    def filled(cls, words: npt.NDArray[np.int64], tokens: int, destinations: int) -> Routing:
+        """The routing of a new dispatch, from a record with its arrays that a kernel has filled."""
+        routing = cls.__new__(cls)
+        routing._arrays = routing._head = words
+        routing._start = routing.address = address_of(words)
+        routing._places = routing.known = routing.idx = routing.gates = None
+        routing.tokens, routing._destinations = tokens, destinations
+        return routing
+
+    @classmethod
     def again(cls, handle: Dispatched) -> Routing:
         """The routing of a dispatch that repeats another one: the same arrays, an epoch of its own."""
         first = handle.routing
         routing = cls.__new__(cls)
         routing._arrays, routing._start, routing._places = first._arrays, first._start, first._places
-        routing._head = first._head.copy()
+        routing._head = first._head[:_HEAD_WORDS].copy()
         routing.address = address_of(routing._head)
         routing.tokens, routing._destinations = first.tokens, first._destinations
         routing.known = Known(handle.counts, handle.source, handle.index, handle.weights)
         routing.idx = routing.gates = None
         return routing
+
+    @property
+    def record(self) -> npt.NDArray[np.int64]:
+        """The record, and perhaps more behind it."""
+        return self._head
 
     @property
     def epoch(self) -> int:
@@ -209,6 +229,32 @@ class Dispatched:
     owner: ExpertParallel
     index: npt.NDArray[np.void] | None = None
     weights: npt.NDArray[np.float32] | None = None
+    #: Where arrays lie that nobody has asked for yet: slots, one of them, and its memory, which is held by this.
+    _place: tuple[Slots, int, npt.NDArray[np.uint8]] | None = field(default=None, repr=False)
+
+    @classmethod
+    def unread(
+        cls, routing: Routing, owner: ExpertParallel, place: tuple[Slots, int, npt.NDArray[np.uint8]]
+    ) -> Dispatched:
+        """What a new dispatch has brought to a slot; each of its arrays is made when one is asked for."""
+        result = cls.__new__(cls)
+        result.routing, result.owner, result._place = routing, owner, place
+        return result
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name):
+            """Called for what is not set: the arrays, of an unread result."""
+            if name not in _ARRAYS or self._place is None:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+            slots, slot, _ = self._place
+            self.tokens, self.scales = slots.rows(slot, self.routing)
+            self.source, self.index, self.weights = slots.origins(slot, self.routing)
+            self.counts = slots.counts(self.routing)
+            return object.__getattribute__(self, name)
+
+
+_ARRAYS = frozenset({"tokens", "scales", "counts", "source", "index", "weights"})
 
 
 class Outputs:

@@ -56,13 +56,17 @@ class Reservation:
 
 
 class Part:
-    """A part of the own managed block, backed by memory only as far as it is used."""
+    """A part of the own managed block, backed by memory only as far as it is used.
+
+    Attributes:
+        committed_bytes: how far that is.
+    """
 
     def __init__(self, core: Core, offset: int, size_bytes: int) -> None:
         self._core = core
         self._offset = offset
         self._size_bytes = size_bytes
-        self._committed_bytes = 0
+        self.committed_bytes = 0
 
     def grow(self, n_bytes: int) -> None:
         """Back the first `n_bytes`.
@@ -70,9 +74,9 @@ class Part:
         Raises:
             CapacityError: there is no memory.
         """
-        if n_bytes > self._committed_bytes:
+        if n_bytes > self.committed_bytes:
             target = min(align_up(n_bytes, _COMMIT_BYTES), self._size_bytes)
             self._core.fabric.commit(
-                self._core.rank, self._offset + self._committed_bytes, target - self._committed_bytes
+                self._core.rank, self._offset + self.committed_bytes, target - self.committed_bytes
             )
-            self._committed_bytes = target
+            self.committed_bytes = target

@@ -169,6 +169,14 @@ class ExpertParallel:
             EventMismatch: ranks repeat different dispatches, or not all of them do.
             WaitTimeout, PeerDied, SessionAborted: see `xccl.errors`.
         """
+        if active is None and handle is None and out is None and self._may_be_quick:
+            try:
+                dispatched = self._protocol.quick_dispatch(self, x, topk_idx, topk_weights)
+            except BaseException as error:
+                self._break_off("dispatch", self._protocol.is_under_way, error)
+                raise
+            if dispatched is not None:
+                return dispatched
         self._require_usable()
         outputs = Outputs(self, self._shape, self._pool, out)
         if handle is None:
@@ -192,7 +200,7 @@ class ExpertParallel:
         try:
             result = self._protocol.dispatch(steps, x, routing, outputs)
         except BaseException as error:
-            self._give_up("dispatch", steps, error)
+            self._break_off("dispatch", steps.begun, error)
             raise
         if outputs.problem is not None:
             outputs.problem.__dict__["dispatched"] = result
@@ -271,6 +279,15 @@ class ExpertParallel:
             EventMismatch: ranks combine different dispatches; raised by those that see it, with "pull" by all.
             CapacityError, WaitTimeout, PeerDied, SessionAborted: see `xccl.errors`.
         """
+        if shared_out is None and self._may_be_quick and getattr(dispatched, "owner", None) is self:
+            routing = dispatched.routing
+            y = self._pool.take((routing.tokens, self.hidden), self.dtype) if out is None else out
+            try:
+                if self._protocol.quick_combine(expert_out, routing, topk_weights, y):
+                    return y
+            except BaseException as error:
+                self._break_off("combine", self._protocol.is_under_way, error)
+                raise
         self._require_usable()
         self._require_own(dispatched, "dispatched")
         shape, routing = self._shape, dispatched.routing
@@ -292,7 +309,7 @@ class ExpertParallel:
         try:
             self._protocol.combine(steps, expert_out, routing, weights, shared, y)
         except BaseException as error:
-            self._give_up("combine", steps, error)
+            self._break_off("combine", steps.begun, error)
             raise
         return y
 
@@ -362,9 +379,13 @@ class ExpertParallel:
 
     # -- shared -----------------------------------------------------------------------------------------------------
 
-    def _give_up(self, call: str, steps: Steps, error: BaseException) -> None:
+    @property
+    def _may_be_quick(self) -> bool:
+        return self.on_step is None and self._broken is None
+
+    def _break_off(self, call: str, begun: bool, error: BaseException) -> None:
         """What breaks an operation off after its checks makes the object unusable."""
-        if steps.begun:
+        if begun:
             self._broken = f"{call} was given up in the middle ({type(error).__name__})"
 
     def _require_usable(self) -> None:

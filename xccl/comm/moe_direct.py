@@ -49,19 +49,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels import copy, moe_direct as kernels, wait, words
+from ..kernels import copy, expert_calls, moe_direct as kernels, wait, words
 from ..layout import moe_direct as layout
 from ..layout.moe import RT_ARRIVING
 from ..layout.moe_direct import DIRECT_FIELD_BYTES, DirectBlocks, direct_blocks
 from . import traced_moe
 from .buffers import address_of
+from .callstate import bind_to
 from .core import Waiting
-from .dispatched import Dispatched, Outputs, Routing
+from .dispatched import Dispatched, Outputs, Routing, routing_shape
 from .managed import Part, Reservation
 from .moe_input import bad_choice
 from .moe_protocol import MoeProtocol
@@ -69,6 +70,10 @@ from .moe_shape import MoeShape
 from .slots import OutputArrays, Slots, any_held
 from .steps import Steps
 
+if TYPE_CHECKING:
+    from .moe import ExpertParallel
+
+_FLOAT32: Final[np.dtype[np.float32]] = np.dtype(np.float32)
 _DISPATCH = ("count", "announce", "await-counts", "plan", "write", "notify", "await-rows")
 _COMBINE = ("return", "announce", "await-ready", "reduce", "release", "await-read")
 #: For what each wait waits.
@@ -123,6 +128,37 @@ class Direct(MoeProtocol):
             layout.DI_DEDUP: int(shape.is_dedup),
         }.items():
             self._direct[offset // 8] = value
+        self._prepare_calls()
+
+    def _prepare_calls(self) -> None:
+        """The record that direct calls look at; what it has addresses of lives as long as this object."""
+        core, shape, slots = self._core, self._shape, self._slots
+        routing = routing_shape(
+            0, shape.top_k, shape.num_experts, shape.local_experts, shape.ranks, shape.ranks, shape.is_dedup
+        )
+        self._routing_words = routing.words
+        self._head = np.stack([routing.head, routing.is_address], axis=1)
+        self._offsets = np.array(slots.offsets, np.int64)
+        self._calls = np.zeros(layout.EXPERT_CALLS.size_bytes // 8, np.int64)
+        for offset, value in {
+            layout.XC_CALLS: core.calls.address,
+            layout.XC_STATE: self.state_address,
+            layout.XC_DIRECT: self._direct_address,
+            layout.XC_DISPATCH: kernels.dispatch.address,
+            layout.XC_COMBINE: kernels.combine.address,
+            layout.XC_DTYPE: id(shape.dtype),
+            layout.XC_FLOAT32: id(_FLOAT32),
+            layout.XC_MAX_TOKENS: shape.max_tokens,
+            layout.XC_SEGMENT_BYTES: self._segment_bytes,
+            layout.XC_HEAD: address_of(self._head),
+            layout.XC_OFFSETS: address_of(self._offsets),
+            layout.XC_CAPACITIES: address_of(slots.capacities),
+            layout.XC_RETURNS: self._returns_offset,
+        }.items():
+            self._calls[offset // 8] = value
+        record = address_of(self._calls)
+        self._call_dispatch = bind_to(record, expert_calls.dispatch, expert_calls.NOT_MADE)
+        self._call_combine = bind_to(record, expert_calls.combine, expert_calls.NOT_MADE)
 
     # -- dispatch ---------------------------------------------------------------------------------------------------
 
@@ -133,29 +169,61 @@ class Direct(MoeProtocol):
         direct[layout.DI_SLOT // 8] = slots.offsets[slot]
         direct[layout.DI_CAPACITY // 8] = slots.capacities[slot]
         epoch = self._dispatches + 1
-        idx, gates, counts = routing.idx, routing.gates, None
-        if idx is not None:
-            counts = np.empty(self._shape.local_experts, np.int64)
         steps.begin(epoch)
         routing.epoch = epoch
-        call = partial(
-            kernels.dispatch.call, self.state_address, self._direct_address, routing.address, address_of(x),
-            0 if idx is None else address_of(idx), 0 if gates is None else address_of(gates),
-            0 if counts is None else address_of(counts),
-        )  # fmt: skip
+        call = self._dispatching(x, routing)
         status = self._through(steps, _DISPATCH, call, "dispatch", epoch, self._with_memory(routing))
         if status == kernels.BAD_CHOICE:
             steps.withdraw()
-            assert idx is not None
-            raise bad_choice(idx, int(direct[layout.DI_RESULT // 8]), self._shape.num_experts)
-        if status == wait.MISMATCH:
-            peer = int(direct[layout.DI_RESULT // 8])
-            raise self._bad_source(routing, peer, words.load(self._field(peer) + layout.DF_ROOT))
+        self._require_dispatched(status, routing)
         self._dispatches = epoch
-        routing.idx = routing.gates = None
-        result = self._result(slot, may_give, routing, outputs, counts)
+        result = self._result(slot, may_give, routing, outputs)
         steps.finish(traced_moe.direct_dispatched, self._shape, routing)
         return result
+
+    def quick_dispatch(self, owner: ExpertParallel, x: Any, topk_idx: Any, gates: Any) -> Dispatched | None:
+        """See `MoeProtocol.quick_dispatch`."""
+        slot, may_give = self._slots.choose()
+        if not may_give or type(x) is not np.ndarray:
+            return None
+        shape, epoch = self._shape, self._dispatches + 1
+        tokens = x.size // shape.hidden
+        record = np.empty(self._routing_words + tokens * shape.top_k, np.int64)
+        self.is_under_way = True
+        status = self._call_dispatch(x, topk_idx, gates, record, slot, epoch)
+        if status == expert_calls.NOT_MADE:
+            self.is_under_way = False
+            return None
+        routing = Routing.filled(record, tokens, shape.ranks)
+        if status != wait.OK:
+            routing.idx, routing.gates = topk_idx, gates
+            step = partial(self._dispatching(x, routing), len(_DISPATCH))
+            status = self._go_on(
+                status, _DISPATCH, step, "dispatch", epoch, self._quick_deadline_ns(), self._with_memory(routing)
+            )
+            self.is_under_way = status != kernels.BAD_CHOICE
+            self._require_dispatched(status, routing)
+        self._dispatches = epoch
+        self.is_under_way = False
+        return Dispatched.unread(routing, owner, (self._slots, slot, self._slots.raws[slot]))
+
+    def _dispatching(self, x: npt.NDArray[Any], routing: Routing) -> Callable[[int, int], int]:
+        """The kernel, to be given the number of stages to be done, and until when."""
+        idx, gates = routing.idx, routing.gates
+        return partial(
+            kernels.dispatch.call, self.state_address, self._direct_address, routing.address, address_of(x),
+            0 if idx is None else address_of(idx), 0 if gates is None else address_of(gates),
+        )  # fmt: skip
+
+    def _require_dispatched(self, status: int, routing: Routing) -> None:
+        """Raise what the kernel has found wrong; forget what has been sent."""
+        if status == kernels.BAD_CHOICE:
+            assert routing.idx is not None
+            raise bad_choice(routing.idx, int(self._direct[layout.DI_RESULT // 8]), self._shape.num_experts)
+        if status == wait.MISMATCH:
+            peer = int(self._direct[layout.DI_RESULT // 8])
+            raise self._bad_source(routing, peer, words.load(self._field(peer) + layout.DF_ROOT))
+        routing.idx = routing.gates = None
 
     def _with_memory(self, routing: Routing) -> Callable[[], None]:
         """Back slots with memory, at all ranks to which more comes than theirs have."""
@@ -169,12 +237,13 @@ class Direct(MoeProtocol):
 
         return back
 
-    def _result(
-        self, slot: int, may_give: bool, routing: Routing, outputs: Outputs, counts: npt.NDArray[np.int64] | None
-    ) -> Dispatched:
+    def _result(self, slot: int, may_give: bool, routing: Routing, outputs: Outputs) -> Dispatched:
         """The slot itself; or a copy, if the caller wants the rows elsewhere, or holds all other slots."""
         tokens, scales = self._slots.rows(slot, routing)
-        source, index, weights = (None, None, None) if counts is None else self._slots.origins(slot, routing)
+        counts = source = index = weights = None
+        if routing.known is None:
+            counts = self._slots.counts(routing)
+            source, index, weights = self._slots.origins(slot, routing)
         if may_give and not outputs.are_given:
             return outputs.wrap(routing, tokens, scales, counts, source, index, weights)
         result = outputs.make(routing, counts)
@@ -198,37 +267,67 @@ class Direct(MoeProtocol):
         y: npt.NDArray[Any],
     ) -> None:
         """See `MoeProtocol.combine`."""
-        copied, returns = address_of(expert_out), self._returns_offset
-        if self._lies_here(expert_out, y):
-            copied, returns = 0, copied - self._own_segment
-        else:
+        copied, returns = self._place_of(expert_out, y)
+        if copied:
             self._returns.grow(expert_out.nbytes)
+            self._calls[layout.XC_RETURNS_BYTES // 8] = self._returns.committed_bytes
         epoch = self._combines + 1
         steps.begin(epoch)
-        call = partial(
+        call = self._combining(routing, epoch, copied, returns, weights, shared_out, y)
+        status = self._through(steps, _COMBINE, call, "combine", epoch)
+        self._require_combined(status, routing)
+        self._combines = epoch
+        steps.finish(traced_moe.direct_combined, self._shape, routing, shared_out is not None, copied=copied != 0)
+
+    def quick_combine(self, expert_out: Any, routing: Routing, weights: Any, y: npt.NDArray[Any]) -> bool:
+        """See `MoeProtocol.quick_combine`."""
+        epoch = self._combines + 1
+        self.is_under_way = True
+        status = self._call_combine(expert_out, routing.record, weights, y, epoch)
+        if status == expert_calls.NOT_MADE:
+            self.is_under_way = False
+            return False
+        if status != wait.OK:
+            copied, returns = self._place_of(expert_out, y)
+            step = partial(self._combining(routing, epoch, copied, returns, weights, None, y), len(_COMBINE))
+            status = self._go_on(status, _COMBINE, step, "combine", epoch, self._quick_deadline_ns(), None)
+            self._require_combined(status, routing)
+        self._combines = epoch
+        self.is_under_way = False
+        return True
+
+    def _combining(
+        self, routing: Routing, epoch: int, copied: int, returns: int, weights: npt.NDArray[np.float32] | None,
+        shared_out: npt.NDArray[Any] | None, y: npt.NDArray[Any],
+    ) -> Callable[[int, int], int]:  # fmt: skip
+        """The kernel, to be given the number of stages to be done, and until when."""
+        return partial(
             kernels.combine.call, self.state_address, self._direct_address, routing.address, epoch, copied, returns,
             0 if weights is None else address_of(weights), 0 if shared_out is None else address_of(shared_out),
             address_of(y),
         )  # fmt: skip
-        status = self._through(steps, _COMBINE, call, "combine", epoch)
+
+    def _require_combined(self, status: int, routing: Routing) -> None:
+        """Raise what the kernel has found wrong."""
         if status == wait.MISMATCH:
             peer = int(self._direct[layout.DI_RESULT // 8])
             raise self._other_dispatch(routing, peer, words.load(self._field(peer) + layout.DF_DISPATCH))
-        self._combines = epoch
-        steps.finish(traced_moe.direct_combined, self._shape, routing, shared_out is not None, copied=copied != 0)
 
     def empty_outputs(self, rows: int) -> npt.NDArray[Any] | None:
         """See `MoeProtocol.empty_outputs`: where peers can read it; None if the caller holds all there are."""
         return self._outputs.take(rows)
 
-    def _lies_here(self, expert_out: npt.NDArray[Any], y: npt.NDArray[Any]) -> bool:
-        """May peers read it where it is: whole in the own segment, and not where the result goes?"""
+    def _place_of(self, expert_out: npt.NDArray[Any], y: npt.NDArray[Any]) -> tuple[int, int]:
+        """Where outputs are copied from (0 if they are not), and the offset in the own segment where peers read them.
+
+        They are read where they are if that is whole in the own segment, and not where the result goes.
+        """
         address, n_bytes = address_of(expert_out), expert_out.nbytes
-        start = address - self._own_segment
-        if not 0 <= start <= self._segment_bytes - n_bytes or address % expert_out.itemsize:
-            return False
-        result = address_of(y)
-        return result >= address + n_bytes or result + y.nbytes <= address
+        start, result = address - self._own_segment, address_of(y)
+        is_here = 0 <= start <= self._segment_bytes - n_bytes and not address % expert_out.itemsize
+        if is_here and (result >= address + n_bytes or result + y.nbytes <= address):
+            return 0, start
+        return address, self._returns_offset
 
     # -- both -------------------------------------------------------------------------------------------------------
 
@@ -271,6 +370,10 @@ class Direct(MoeProtocol):
             if status != wait.OK:
                 return status
         return wait.OK
+
+    def _quick_deadline_ns(self) -> int:
+        """Of the wait in which the direct call has left an operation."""
+        return self._core.calls.began_ns() + int(self._core.op_timeout_s * 1e9)
 
     def _go_on(
         self,

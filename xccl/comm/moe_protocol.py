@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ from .dispatched import Dispatched, Outputs, Routing
 from .moe_input import bad_choice
 from .moe_shape import KernelState, MoeShape
 from .steps import Steps
+
+if TYPE_CHECKING:
+    from .moe import ExpertParallel
 
 
 class MoeProtocol(ABC):
@@ -35,6 +38,8 @@ class MoeProtocol(ABC):
 
     #: Its name, for `ExpertParallel(protocol=...)`.
     name: ClassVar[str]
+    #: Is a quick operation under way, so that what breaks it off leaves it half done?
+    is_under_way: bool = False
 
     def __init__(self, core: Core, shape: MoeShape) -> None:
         self._core = core
@@ -79,6 +84,14 @@ class MoeProtocol(ABC):
             shared_out: [tokens, hidden], added last; or None.
             y: [tokens, hidden], the result.
         """
+
+    def quick_dispatch(self, owner: ExpertParallel, x: Any, topk_idx: Any, gates: Any) -> Dispatched | None:
+        """A new dispatch whose arguments are checked on the way; None if it was not made, since they are unusual."""
+        return None
+
+    def quick_combine(self, expert_out: Any, routing: Routing, weights: Any, y: npt.NDArray[Any]) -> bool:
+        """A combine whose arguments are checked on the way; False if it was not made, since they are unusual."""
+        return False
 
     def empty_outputs(self, rows: int) -> npt.NDArray[Any] | None:
         """Memory for the outputs of experts, [rows, hidden], if any is better than private one; else None.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..layout.moe import INDEX_DTYPE, SOURCE_DTYPE
+from ..layout.moe import INDEX_DTYPE, RT_COUNTS, SOURCE_DTYPE
 from ..layout.moe_direct import OUTPUTS, SLOTS, DirectBlocks
 from ..layout.record import align_up
 from ..layout.segment import PAGE_BYTES
@@ -29,7 +29,7 @@ class Slots:
 
     Attributes:
         offsets: of each slot in every segment.
-        capacities: rows for which there is memory in each of the own ones.
+        capacities: rows for which there is memory in each of the own ones, int64 [SLOTS].
         raws: all bytes of each of the own ones; every view of a result, and every view of a view, has one as its base.
     """
 
@@ -38,7 +38,7 @@ class Slots:
         self._shape = shape
         self._blocks = blocks
         self.offsets = [start + i * blocks.slot_bytes for i in range(SLOTS)]
-        self.capacities = [0] * SLOTS
+        self.capacities = np.zeros(SLOTS, np.int64)
         self.raws = [core.fabric.view(core.rank, offset, blocks.slot_bytes) for offset in self.offsets]
         self._most_rows = shape.ranks * shape.max_tokens * (1 if shape.is_dedup else shape.top_k)
         #: Of each part: where it is in a slot, and its bytes for a row.
@@ -51,12 +51,16 @@ class Slots:
     def choose(self) -> tuple[int, bool]:
         """A slot to which nobody refers, and whether it may be given away: there is another one."""
         found = -1
-        for slot in range(SLOTS):
-            if _is_free(self.raws, slot):
+        for slot, raw in enumerate(self.raws):
+            if sys.getrefcount(raw) == _REFERENCES_IN_A_LOOP:
                 if found >= 0:
                     return found, True
                 found = slot
         return found, False
+
+    def counts(self, routing: Routing) -> npt.NDArray[np.int64]:
+        """Entries of each local expert that have come."""
+        return routing.part(RT_COUNTS, self._shape.local_experts)
 
     def rows(self, slot: int, routing: Routing) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32] | None]:
         """Tokens and scales that have come to a slot."""
@@ -115,6 +119,16 @@ class OutputArrays:
                 found: npt.NDArray[Any] = np.ndarray((rows, self._shape.hidden), self._shape.dtype, self.raws[i])
                 return found
         return None
+
+
+def _references_in_a_loop(raws: list[npt.NDArray[np.uint8]]) -> int:
+    """As `Slots.choose` counts them."""
+    for _, raw in enumerate(raws):
+        return sys.getrefcount(raw)
+    return 0
+
+
+_REFERENCES_IN_A_LOOP = _references_in_a_loop([np.empty(1, np.uint8)])
 
 
 def _references(raws: list[npt.NDArray[np.uint8]], i: int) -> int:

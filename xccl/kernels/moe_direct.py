@@ -23,6 +23,7 @@ from ..layout.moe import (
     EP_TOP_K,
     EPOCH_MASK,
     RT_ARRIVING,
+    RT_COUNTS,
     RT_ENTRIES,
     RT_ENTRY_COUNTS,
     RT_ENTRY_FIRST,
@@ -138,7 +139,7 @@ def _announce(state: int, direct: int, routing: int) -> None:
 
 
 @device
-def _lay(state: int, direct: int, routing: int, counts_out: int) -> None:
+def _lay(state: int, direct: int, routing: int) -> None:
     """From the counts of all: where the own rows begin at each rank, and what comes to this one.
 
     Scratch memory then has, for each expert, where the own entries begin at its rank, and behind them, for each rank,
@@ -148,7 +149,7 @@ def _lay(state: int, direct: int, routing: int, counts_out: int) -> None:
     counts = load_i64(direct + DI_COUNTS)
     first_entry = load_i64(state + EP_SCRATCH)
     first_row = first_entry + 8 * experts
-    arriving = load_i64(routing + RT_ARRIVING)
+    arriving, counts_out = load_i64(routing + RT_ARRIVING), load_i64(routing + RT_COUNTS)
     entry_counts, entry_first = load_i64(routing + RT_ENTRY_COUNTS), load_i64(routing + RT_ENTRY_FIRST)
     got_counts, got_first = load_i64(routing + RT_GOT_COUNTS), load_i64(routing + RT_GOT_FIRST)
     for p in range(ranks):
@@ -208,7 +209,7 @@ def _place_rows(state: int, direct: int, routing: int, topk_idx: int) -> None:
 
 
 @device
-def _plan(state: int, direct: int, routing: int, topk_idx: int, counts_out: int) -> int:
+def _plan(state: int, direct: int, routing: int, topk_idx: int) -> int:
     """OK, BACK if a slot needs memory for what is to come, or MISMATCH if rank `result` sends by another routing."""
     ranks, root = load_i64(state + EP_RANKS), load_i64(routing + RT_ROOT)
     for peer in range(ranks):
@@ -216,7 +217,7 @@ def _plan(state: int, direct: int, routing: int, topk_idx: int, counts_out: int)
             store_i64(direct + DI_RESULT, peer)
             return MISMATCH
     if root == load_i64(routing + RT_EPOCH):
-        _lay(state, direct, routing, counts_out)
+        _lay(state, direct, routing)
         _place_rows(state, direct, routing, topk_idx)
     arriving = load_i64(routing + RT_ARRIVING)
     for peer in range(ranks):
@@ -286,10 +287,8 @@ def _write_entries(state: int, direct: int, routing: int, topk_idx: int, gates: 
             store_f32(slot + weights + 4 * at, load_f32(gates + 4 * i))
 
 
-@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64, int64)")
-def dispatch(
-    state: int, direct: int, routing: int, x: int, topk_idx: int, gates: int, counts_out: int, stop: int, until_ns: int
-) -> int:
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64)")
+def dispatch(state: int, direct: int, routing: int, x: int, topk_idx: int, gates: int, stop: int, until_ns: int) -> int:
     """A dispatch, up to a stage.
 
     Args:
@@ -299,7 +298,6 @@ def dispatch(
         x: address of [tokens, hidden].
         topk_idx: address of int64 [tokens, top_k]; not used by a dispatch that repeats another one.
         gates: address of float32 [tokens, top_k], of a new dispatch of deduplicated rows.
-        counts_out: address of int64 [local experts], filled with the entries of each by a new dispatch.
         stop: number of stages to be done.
         until_ns: when to give up waiting for now.
 
@@ -332,7 +330,7 @@ def dispatch(
             return status
         stage = PLAN
     if stage == PLAN and stage < stop:
-        status = _plan(state, direct, routing, topk_idx, counts_out)
+        status = _plan(state, direct, routing, topk_idx)
         stage = WRITE
         if status != OK:
             store_i64(direct + DI_STAGE, stage)
@@ -368,7 +366,8 @@ def _reduce(state: int, direct: int, routing: int, weights: int, shared: int, y:
     row_of = load_i64(routing + RT_ROW_OF)
     addresses = load_i64(state + EP_SCRATCH)
     gates = addresses + 8 * (top_k + 1)
-    for t in range(load_i64(routing + RT_TOKENS)):
+    # Backwards: the rows that were written last by the dispatch before, and are read first by the next one, are cached.
+    for t in range(load_i64(routing + RT_TOKENS) - 1, -1, -1):
         n = 0
         for k in range(top_k):
             i = t * top_k + k

@@ -112,6 +112,12 @@ def array_rows(found: int) -> int:
 
 
 @device
+def array_dims(found: int) -> int:
+    """Number of an array's dimensions."""
+    return load_i32(found + _ARRAY_NDIM)
+
+
+@device
 def array_row_bytes(found: int) -> int:
     """Bytes of each element of an array's first dimension."""
     n_bytes = load_i64(load_i64(found + _ARRAY_DTYPE) + _DTYPE_ITEM_BYTES)

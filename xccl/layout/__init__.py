@@ -7,7 +7,7 @@ from .calls import CALLS, SYMMETRIC
 from .collectives import COLLECTIVE_RECORD, COLLECTIVE_STATE, COMMUNICATOR_BLOCK, INVITATION, PLAN
 from .kv import ANNOUNCEMENT, ARRIVAL, PAGED
 from .moe import ENTRY, EXPERT_FIELD, ROUTING, STATE
-from .moe_direct import DIRECT, DIRECT_FIELD
+from .moe_direct import DIRECT, DIRECT_FIELD, EXPERT_CALLS
 from .moe_push import PACKET, PACKET_ENTRY, PUSH, PUSH_FIELD, PUSH_STATUS, RETURN_PACKET
 from .record import Field, Record
 from .ring import ACK_FIELD, ANSWER, CHANNEL, COPY, DATA_FIELD, DRIVER, OPERATION, REFUSAL, SLOT, TRANSFER
@@ -47,6 +47,7 @@ ALL_RECORDS: tuple[Record, ...] = (
     PUSH,
     PAGED,
     DIRECT,
+    EXPERT_CALLS,
     PEER,
     DIE,
     COLLECTIVE_STATE,

@@ -107,6 +107,8 @@ RT_ROWS = ROUTING.add("rows", 8, "rows that have come")
 RT_ENTRIES = ROUTING.add("entries", 8, "entries that have come; as many as rows if those are expanded")
 RT_PLACES = ROUTING.add("places", 8, "[rows]: token << 32 | slot of each row that has come; push only")
 RT_ARRIVING = ROUTING.add("arriving", 8, "[ranks]: rows that come to each rank from all; direct only")
+RT_COUNTS = ROUTING.add("counts", 8, "[local experts]: entries that have come for each; direct only")
+ROUTING_WORDS = ROUTING.size_bytes // 8
 
 
 def first_expert(rank: int, experts: int, ranks: int) -> int:

@@ -65,6 +65,22 @@ DI_STAGE = DIRECT.add("stage", 8, "number of the stage at which the operation go
 DI_CURSOR = DIRECT.add("cursor", 8, "first peer that a wait has not seen")
 DI_RESULT = DIRECT.add("result", 8, "the peer, or the element of topk_idx, that is wrong")
 
+EXPERT_CALLS = Record("expert calls", "Private to a rank: what the direct calls of one object look at.")
+XC_CALLS = EXPERT_CALLS.add("calls", 8, "address of the call state of its communicator")
+XC_STATE = EXPERT_CALLS.add("state", 8, "address of the expert-parallel state")
+XC_DIRECT = EXPERT_CALLS.add("direct", 8, "address of the direct state")
+XC_DISPATCH = EXPERT_CALLS.add("dispatch", 8, "address of the kernel that dispatches")
+XC_COMBINE = EXPERT_CALLS.add("combine", 8, "address of the kernel that combines")
+XC_DTYPE = EXPERT_CALLS.add("dtype", 8, "the dtype of tokens")
+XC_FLOAT32 = EXPERT_CALLS.add("float32", 8, "the dtype float32")
+XC_MAX_TOKENS = EXPERT_CALLS.add("max_tokens", 8, "the most tokens of a dispatch")
+XC_SEGMENT_BYTES = EXPERT_CALLS.add("segment_bytes", 8, "size of a segment")
+XC_HEAD = EXPERT_CALLS.add("head", 8, "address of [words of a routing][2]: an offset or number, and 1 for an address")
+XC_OFFSETS = EXPERT_CALLS.add("offsets", 8, "address of [SLOTS]: where each slot is in the segment")
+XC_RETURNS = EXPERT_CALLS.add("returns", 8, "offset in the own segment to which outputs are copied that lie elsewhere")
+XC_RETURNS_BYTES = EXPERT_CALLS.add("returns_bytes", 8, "how much memory there is")
+XC_CAPACITIES = EXPERT_CALLS.add("capacities", 8, "address of [SLOTS]: rows for which there is memory in each")
+
 
 @dataclass(frozen=True)
 class DirectBlocks:
