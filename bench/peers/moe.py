@@ -271,7 +271,9 @@ class Moe:
         self.counts = np.zeros((ranks, per_rank), np.int32)
         self.counts_here = np.zeros((ranks, per_rank), np.int32)
         self.packed, self.rows = rows_of(most_sent, self.width), rows_of(most_received, self.width)
-        self.outputs, self.returned = rows_of(most_received, hidden), rows_of(most_sent, hidden)
+        # Experts work in place, but for rows that are wider than their outputs.
+        self.outputs = rows_of(most_received, hidden) if self.is_dedup else self.rows
+        self.returned = rows_of(most_sent, hidden)
         self.row_of = np.zeros((shape.tokens, shape.topk), np.int64)
         self.y = rows_of(shape.tokens, hidden)
         self.last = np.zeros(ranks, np.int64)

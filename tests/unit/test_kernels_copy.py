@@ -44,6 +44,13 @@ def test_copy_large(way: Any, dst_offset: int, src_offset: int) -> None:
     check_copy(way, (1 << 20) + 77, dst_offset, src_offset)
 
 
+@pytest.mark.parametrize("dst_offset", [0, 1, 16, 255, 256, 4095])
+@pytest.mark.parametrize("delta", [-1, 0, 1, 70_001])
+def test_copy_where_memcpy_begins(delta: int, dst_offset: int) -> None:
+    for src_offset in (0, 64):
+        check_copy(kernels.copy, kernels.MEMCPY_BYTES + delta, dst_offset, src_offset)
+
+
 @pytest.mark.parametrize("delta", [-1, 0, 1])
 def test_copy_around_the_streaming_threshold(delta: int) -> None:
     n_bytes = kernels.STREAMING_THRESHOLD_BYTES + delta

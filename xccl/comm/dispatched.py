@@ -245,16 +245,17 @@ class Dispatched:
 
         def __getattr__(self, name):
             """Called for what is not set: the arrays, of an unread result."""
-            if name not in _ARRAYS or self._place is None:
+            place = None if name == "_place" else self._place
+            if place is None or name not in self.__slots__:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
-            slots, slot, _ = self._place
-            self.tokens, self.scales = slots.rows(slot, self.routing)
-            self.source, self.index, self.weights = slots.origins(slot, self.routing)
-            self.counts = slots.counts(self.routing)
+            slots, slot, _ = place
+            if name in ("tokens", "scales"):
+                self.tokens, self.scales = slots.rows(slot, self.routing)
+            elif name == "counts":
+                self.counts = slots.counts(self.routing)
+            else:
+                self.source, self.index, self.weights = slots.origins(slot, self.routing)
             return object.__getattribute__(self, name)
-
-
-_ARRAYS = frozenset({"tokens", "scales", "counts", "source", "index", "weights"})
 
 
 class Outputs:
