@@ -22,7 +22,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,6 +50,8 @@ class Compiled(Protocol):
 
 
 _DECLARED: list[Compiled] = []
+_LEFT_OUT: set[str] = set()
+_DEVICE_NAMES: set[str] = set()
 #: Threads of the local fabric may make the first call of a kernel at the same time.
 WARMING = threading.RLock()
 
@@ -177,17 +179,53 @@ def kernel(signature: str) -> Callable[[Callable[..., Any]], Kernel]:
 
 
 def device(function: Callable[..., Any]) -> Any:
-    """Declare a function that only kernels call; LLVM inlines it where that pays."""
+    """Declare a function that only kernels call; LLVM inlines it where that pays.
+
+    Its qualified name must be its own. The names of compiled functions have a number in them that counts what a process
+    has compiled, so of two functions with one name, from kernels that two processes have put into the cache, both may
+    have the same number: then whoever loads both kernels calls one function for the other.
+
+    Raises:
+        ImportError: there is another function with this name.
+    """
+    name = f"{function.__module__}.{function.__qualname__}"
+    if name in _DEVICE_NAMES:
+        raise ImportError(f"two device functions are called {name}; see `named`")
+    _DEVICE_NAMES.add(name)
     return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)
 
 
+def leave_out(modules: Iterable[str]) -> None:
+    """Have `warm` pass over the kernels of these modules from now on: whoever calls one of them compiles it then.
+
+    For a process that knows what its ranks will do, such as a command. Direct calls among them are not taken at all.
+    """
+    _LEFT_OUT.clear()
+    _LEFT_OUT.update(modules)
+
+
+def is_left_out(item: Compiled) -> bool:
+    """Does `warm` pass over it?"""
+    return item.function.__module__.rpartition(".")[2] in _LEFT_OUT
+
+
+def named(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a function that is made for several types a name of its own; below `@device`."""
+
+    def rename(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.__name__ = function.__qualname__ = name
+        return function
+
+    return rename
+
+
 def warm() -> None:
-    """Compile or load every declared kernel, once per process; across processes one at a time.
+    """Compile or load every declared kernel that is not left out, once per process; across processes one at a time.
 
     Ctrl-C takes effect between two kernels: inside of LLVM's callbacks a KeyboardInterrupt could be swallowed.
     """
     with WARMING:
-        pending = [k for k in _DECLARED if not k.is_compiled]
+        pending = [k for k in _DECLARED if not k.is_compiled and not is_left_out(k)]
         if not pending:
             return
         with open(_CACHE_DIR / "lock", "w") as lock, _interrupts_held() as raise_if_interrupted:

@@ -27,7 +27,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from ..layout.dtypes import BF16, FP16, FP32
-from ._jit import device, kernel
+from ._jit import device, kernel, named
 from .atomics import as_pointer
 from .copy import fill_zero
 from .elements import (
@@ -79,11 +79,12 @@ def _round_to_int8(typingctx: Any, value: Any) -> Any:
     return types.int8(types.float32), codegen
 
 
-def _quantiser(bits_dtype: Any, numba_type: Any, to_f32: Any) -> Any:
+def _quantiser(name: str, bits_dtype: Any, numba_type: Any, to_f32: Any) -> Any:
     larger_magnitude = _magnitude_maximum(numba_type)
     no_magnitude = bits_dtype(0)
 
     @device
+    @named(name)
     def quantise_bits(src_address: int, n: int, dst_address: int) -> Any:
         row = carray(as_pointer(src_address), n, bits_dtype)
         largest = no_magnitude
@@ -106,8 +107,9 @@ def _quantiser(bits_dtype: Any, numba_type: Any, to_f32: Any) -> Any:
     return quantise_bits
 
 
-def _dequantiser(dtype: Any, from_f32: Any) -> Any:
+def _dequantiser(name: str, dtype: Any, from_f32: Any) -> Any:
     @device
+    @named(name)
     def dequantise_to(q_address: int, scale: float, n: int, dst_address: int) -> None:
         q = carray(as_pointer(q_address), n, np.int8)
         row = carray(as_pointer(dst_address), n, dtype)
@@ -117,12 +119,12 @@ def _dequantiser(dtype: Any, from_f32: Any) -> Any:
     return dequantise_to
 
 
-_quantise_bf16 = _quantiser(np.uint16, types.uint16, bf16_to_f32)
-_quantise_fp16 = _quantiser(np.uint16, types.uint16, fp16_to_f32)
-_quantise_fp32 = _quantiser(np.uint32, types.uint32, f32_from_bits)
-_dequantise_bf16 = _dequantiser(np.uint16, bf16_from_f32)
-_dequantise_fp16 = _dequantiser(np.uint16, fp16_from_f32)
-_dequantise_fp32 = _dequantiser(np.float32, canonical_f32)
+_quantise_bf16 = _quantiser("_quantise_bf16", np.uint16, types.uint16, bf16_to_f32)
+_quantise_fp16 = _quantiser("_quantise_fp16", np.uint16, types.uint16, fp16_to_f32)
+_quantise_fp32 = _quantiser("_quantise_fp32", np.uint32, types.uint32, f32_from_bits)
+_dequantise_bf16 = _dequantiser("_dequantise_bf16", np.uint16, bf16_from_f32)
+_dequantise_fp16 = _dequantiser("_dequantise_fp16", np.uint16, fp16_from_f32)
+_dequantise_fp32 = _dequantiser("_dequantise_fp32", np.float32, canonical_f32)
 
 
 @device

@@ -25,7 +25,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from ..layout.dtypes import BF16, FP16, FP32
-from ._jit import device, kernel
+from ._jit import device, kernel, named
 from .elements import narrow, storage_type, widen
 
 _I64, _F32 = ir.IntType(64), ir.FloatType()
@@ -73,10 +73,11 @@ def _splat(builder: Any, scalar: Any, count: int) -> Any:
     return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(ir.IntType(32), count), None))
 
 
-def _row_summer(code: int) -> Any:
+def _row_summer(name: str, code: int) -> Any:
     block, small_block, single = (_block_summer(code, n) for n in (_BLOCK, _SMALL_BLOCK, 1))
 
     @device
+    @named(name)
     def sum_rows(rows_address: int, weights_address: int, k: int, n: int, dst_address: int) -> None:
         column = 0
         while column + _BLOCK <= n:
@@ -92,7 +93,9 @@ def _row_summer(code: int) -> Any:
     return sum_rows
 
 
-_sum_bf16, _sum_fp16, _sum_fp32 = (_row_summer(code) for code in (BF16, FP16, FP32))
+_sum_bf16 = _row_summer("_sum_bf16", BF16)
+_sum_fp16 = _row_summer("_sum_fp16", FP16)
+_sum_fp32 = _row_summer("_sum_fp32", FP32)
 
 
 @device
