@@ -55,9 +55,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, options: BenchOptions, *, rows_expected: int, moe: bool) -> int:
+    from xccl.cli.bench_kernels import not_needed
     from xccl.cli.bench_rank import run_rank
     from xccl.cli.results import Collector, Row
     from xccl.cli.screen import make_screen, progress_bar
+    from xccl.kernels import leave_out
     from xccl.runtime import launch
 
     projector = None
@@ -75,6 +77,7 @@ def _run(args: argparse.Namespace, options: BenchOptions, *, rows_expected: int,
                 screen.row(row)
 
         collector = Collector(options, on_row)
+        leave_out(not_needed(options))
         launch(
             run_rank,
             options.ranks,

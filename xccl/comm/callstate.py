@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from ..fabric import Fabric
-from ..kernels import calls as kernel_calls
+from ..kernels import calls as kernel_calls, is_left_out
 from ..kernels.fastcall import FastCall
 from ..kernels.objects import is_known
 from ..kernels.onesided import COMPARISONS
@@ -92,6 +92,9 @@ class CallState:
 def bind_to(record: int, function: FastCall, not_taken: object) -> Callable[..., Any]:
     """A direct call that works on the record at that address.
 
-    If this interpreter keeps its objects in another way, it is one that is never taken, and always returns `not_taken`.
+    If this interpreter keeps its objects in another way, or the call is left out of what is compiled, it is one that is
+    never taken, and always returns `not_taken`.
     """
-    return function.bind(record) if _arrays_are_known() else lambda *_: not_taken
+    if is_left_out(function) or not _arrays_are_known():
+        return lambda *_: not_taken
+    return function.bind(record)

@@ -463,7 +463,8 @@ class PointToPoint:
 
     def require_idle(self) -> None:
         """Raise UsageError if requests are under way that somebody could still complete; of a group, its own."""
-        self.driver.progress()
+        if self.driver.requests:
+            self.driver.progress()
         active = list(self.driver.requests.values())
         if self._is_group:
             active = [request for request in active if request.owner.core is self.core]
