@@ -301,7 +301,7 @@ class Collectives:
     ) -> tuple[Array, npt.NDArray[np.int64]]:
         """The end of an alltoallv whose kernel has returned `status`."""
         exchange = self._exchange
-        if status < OK or status == kernels.BUSY:
+        if status < OK or status in (kernels.BUSY, kernels.UNREACHABLE):
             status = exchange.finish(exchange.under_way(), status, x, out, timeout_s)
         if status == kernels.SIZES_KNOWN:
             out = np.empty((exchange.rows_that_came(), *x.shape[1:]), x.dtype)
