@@ -184,6 +184,8 @@ def collective(state: int, plan: int, x: int, x_rows: int, out: int, out_rows: i
         index = load_i64(state + CS_INDEX)
         if phase == PUBLISH:
             _publish(state, plan, x)
+            if out != 0 and fold < 0 and _is_closing(state) and load_i64(state + CS_TAKES) != 0:
+                take_own(state, plan, x, out)  # while the others finish
             phase = AWAIT
         step = load_i64(state + CS_STEP)
         if phase == AWAIT:
@@ -207,7 +209,7 @@ def collective(state: int, plan: int, x: int, x_rows: int, out: int, out_rows: i
             if fold >= 0:
                 size = part_operands(state, plan, x, out, step)
             elif load_i64(state + CS_TAKES) != 0 and out != 0:
-                if index == 0:
+                if index == 0 and load_i64(state + CS_CLOSES) == 0:
                     take_own(state, plan, x, out)
                 if not take_parts(state, plan, out, step):
                     store_i64(state + CS_PHASE, CONSUME)

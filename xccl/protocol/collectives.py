@@ -62,9 +62,17 @@ _STAGES_BYTES: Final = 1 << 30
 #: A step costs as much as copying some 10 KiB, more if ranks share a core, so there is a least size for a part.
 _STEP_BYTES: Final = 128 << 10
 _LEAST_PART_BYTES: Final = 32 << 10
-#: For each rank: staging so many bytes takes as long as a step, or as a step and a call of the kernel.
-_EXPOSE_BYTES: Final = 8 << 10
-_EXPOSE_BY_KERNEL_BYTES: Final = 8 << 10
+#: Of an input, for each other rank: staging so many bytes takes as long as the step that closes a call in which inputs
+#: are read where they lie. Where only the root gives, it is the only one that stages.
+_EXPOSE_BYTES: Final = 1 << 10
+_EXPOSE_AT_ROOT_BYTES: Final = {"broadcast": 4 << 10, "gather": 4 << 10, "scatter": 8 << 10}
+#: Reading private memory by the operating system's kernel costs a microsecond for each rank that is read, and then each
+#: page, so what is staged once and read by many is better staged. By parts for two and for more ranks, and by inputs
+#: without parts for two and for up to four.
+_EXPOSE_PARTS_BY_KERNEL_BYTES: Final = (6 << 10, 24 << 10)
+_EXPOSE_BY_KERNEL_BYTES: Final = (6 << 10, 96 << 10)
+#: With two ranks, the root of a larger gather would copy everything from memory, alone.
+_EXPOSE_GATHER_MOST_BYTES: Final = 512 << 10
 _NEVER: Final = 1 << 62
 _LINE: Final = 64
 
@@ -189,23 +197,32 @@ def cut(
     inline = kind != "alltoallv" and n_bytes <= INLINE_BYTES and not (counts and flow.parts)
     steps = 1 if inline else max(1, -(-n_bytes // chunk_bytes))
     used_bytes = 0 if inline else places * chunk_bytes + sizes_bytes
-    expose = _expose_bytes(kind, ranks, reach, inline=inline)
+    expose = _expose_bytes(kind, ranks, n_bytes, reach, inline=inline)
     chunk_bytes, results = INLINE_BYTES if inline else chunk_bytes, places * chunk_bytes
     return Cut("mesh", inline, chunk_bytes, steps, results, used_bytes, *expose)
 
 
 def _expose_bytes(
-    kind: Kind, ranks: int, reach: int, *, inline: bool = False, two_step: bool = False
+    kind: Kind, ranks: int, n_bytes: int, reach: int, *, inline: bool = False, two_step: bool = False
 ) -> tuple[int, int]:
     """From which size of an input on it is worth a step more not to stage it: of a symmetric, and a private one."""
     if inline or ranks == 1 or (kind == "alltoallv" and counts_arrivals(ranks)):
         return _NEVER, _NEVER
-    least_bytes = _EXPOSE_BYTES * ranks
+    if kind == "gather" and ranks == 2 and n_bytes > _EXPOSE_GATHER_MOST_BYTES:
+        return _NEVER, _NEVER
+    least_bytes = _EXPOSE_AT_ROOT_BYTES.get(kind, _EXPOSE_BYTES) * (ranks - 1)
     if reach == REACH_DIRECT:
         return least_bytes, least_bytes
     # The kernel moves bytes; it does not reduce them, and a slice would be moved twice.
     moves = reach == REACH_KERNEL and not FLOWS[kind].reduces and not two_step
-    return least_bytes, _EXPOSE_BY_KERNEL_BYTES * ranks if moves else _NEVER
+    return least_bytes, _expose_by_kernel_bytes(kind, ranks) if moves else _NEVER
+
+
+def _expose_by_kernel_bytes(kind: Kind, ranks: int) -> int:
+    more = int(ranks > 2)
+    if FLOWS[kind].parts:
+        return _EXPOSE_PARTS_BY_KERNEL_BYTES[more] * ranks
+    return _EXPOSE_BY_KERNEL_BYTES[more] if ranks == 2 or (kind == "allgather" and ranks <= 4) else _NEVER
 
 
 def _cut_in_two(ranks: int, n_bytes: int, half_bytes: int, reach: int) -> Cut:
@@ -215,7 +232,7 @@ def _cut_in_two(ranks: int, n_bytes: int, half_bytes: int, reach: int) -> Cut:
     window_bytes = min(window_bytes, max(aligned_part(n_bytes), _LINE))
     steps = 1 + -(-n_bytes // window_bytes)
     used_bytes = window_bytes + -(-window_bytes // (_LINE * ranks)) * _LINE
-    expose = _expose_bytes("allreduce", ranks, reach, two_step=True)
+    expose = _expose_bytes("allreduce", ranks, n_bytes, reach, two_step=True)
     return Cut("two-step", False, window_bytes, steps, window_bytes, used_bytes, *expose)
 
 
