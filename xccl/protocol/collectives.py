@@ -190,7 +190,7 @@ def cut(
     places = ranks if flow.parts else 1
     sizes_bytes = aligned_part(8 * ranks) if kind == "alltoallv" else 0
     chunk_bytes = (half_bytes - sizes_bytes) // places // _LINE * _LINE
-    chunk_bytes = min(chunk_bytes, max(_STEP_BYTES // places, _LEAST_PART_BYTES))
+    chunk_bytes = min(chunk_bytes, max(_STEP_BYTES // places // _LINE * _LINE, _LEAST_PART_BYTES))
     if kind != "alltoallv":
         chunk_bytes = min(chunk_bytes, max(aligned_part(n_bytes), _LINE))
     # A single record says the same to all ranks.
