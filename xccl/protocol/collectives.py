@@ -7,6 +7,8 @@ Rules
 - Parts of at most INLINE_BYTES travel inside of the messages by which ranks tell each other.
 - "mesh": one step for small parts. Larger ones are cut into pieces of a size that stays in a core's cache. What is
   reduced, is reduced by each rank that wants it, from the data of all ranks where they lie, in the order of ranks.
+- Large inputs are not staged where the others can read them in place: one more step, which moves nothing, says that
+  they have.
 - "two-step" (allreduce, broadcast): of each window each rank reduces (or reads from the root) a slice, and passes it
   on: reduce-scatter and allgather. A step carries the results of the window before and the operands of the next one,
   so there is one step more than windows.
