@@ -37,14 +37,18 @@ def plain(n_bytes: int) -> tuple[Array, Callable[[], None]]:
     return page_aligned(n_bytes), nothing
 
 
-def collective(rank: int, ranks: int, op: str, n_bytes: int, call: Call, allocate: Allocate = plain) -> Work:
-    """One of `PARTS`; sums are of float32, all else is bytes."""
+def collective(
+    rank: int, ranks: int, op: str, n_bytes: int, call: Call, allocate: Allocate = plain, *, rows: bool = False
+) -> Work:
+    """One of `PARTS`; sums are of float32, all else is bytes. With `rows`, parts are rows."""
     dtype = np.float32 if op in REDUCTIONS else np.uint8
     given, got = ((count or ranks) * n_bytes for count in PARTS[op])
     memory, free = allocate(given)
     x = memory.view(dtype)
     out = x if op == "broadcast" else page_aligned(got).view(dtype)
     x[:] = out[:] = 0  # numbers that sums in place leave as they are
+    shapes = [(ranks, -1) if rows and count == _MANY else (-1,) for count in PARTS[op]]
+    arguments = x.reshape(shapes[0]), out.reshape(shapes[1])
 
     def check() -> int:
         x[:] = np.concatenate([_part(op, n_bytes, rank, part) for part in range(given // n_bytes)])
@@ -52,13 +56,13 @@ def collective(rank: int, ranks: int, op: str, n_bytes: int, call: Call, allocat
             out[:] = x  # gloo reduces in place
         elif op != "broadcast":
             out[:] = 0
-        call(x, out)
+        call(*arguments)
         wrong = 0 if op == "gather" and rank else count_wrong(out, _expected(op, n_bytes, rank, ranks))
         if op in REDUCTIONS:
             x[:] = out[:] = 0
         return wrong
 
-    return Work(repeat(lambda: call(x, out)), check, close=free)
+    return Work(repeat(lambda: call(*arguments)), check, close=free)
 
 
 def _part(op: str, n_bytes: int, rank: int, part: int) -> Array:

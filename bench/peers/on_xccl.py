@@ -131,20 +131,20 @@ class Xccl(Library):
 
     def collective(self, op: str, n_bytes: int, variant: str) -> Work:
         """The method of that name, into the caller's array; of alltoallv with what is to come known, as in MPI."""
-        comm, root, by_rank = self.comm, self.rank == 0, (self.size, n_bytes)
+        comm, root = self.comm, self.rank == 0
         counts = np.full(self.size, n_bytes)
         calls: dict[str, Call] = {
             "allreduce": lambda x, out: comm.allreduce(x, out=out),
-            "allgather": lambda x, out: comm.allgather(x, out=out.reshape(by_rank)),
-            "alltoall": lambda x, out: comm.alltoall(x.reshape(by_rank), out=out.reshape(by_rank)),
+            "allgather": lambda x, out: comm.allgather(x, out=out),
+            "alltoall": lambda x, out: comm.alltoall(x, out=out),
             "alltoallv": lambda x, out: comm.alltoallv(x, counts, out=out, recv_counts=counts),
-            "reduce-scatter": lambda x, out: comm.reduce_scatter(x.reshape(self.size, -1), out=out),
+            "reduce-scatter": lambda x, out: comm.reduce_scatter(x, out=out),
             "broadcast": lambda x, _: comm.broadcast(x, 0),
-            "gather": lambda x, out: comm.gather(x, 0, out=out.reshape(by_rank) if root else None),
-            "scatter": lambda x, out: comm.scatter(x.reshape(by_rank) if root else None, 0, out=out),
+            "gather": lambda x, out: comm.gather(x, 0, out=out if root else None),
+            "scatter": lambda x, out: comm.scatter(x if root else None, 0, out=out),
         }
         allocate = self._symmetric if variant == SYMMETRIC else plain
-        return collective(self.rank, self.size, op, n_bytes, calls[op], allocate)
+        return collective(self.rank, self.size, op, n_bytes, calls[op], allocate, rows=op != "alltoallv")
 
     def _symmetric(self, n_bytes: int) -> tuple[Array, Callable[[], None]]:
         target = Target(self.comm, n_bytes)

@@ -142,6 +142,19 @@ def kv_loop(comm: xccl.Communicator) -> Callable[[], object]:
     return step
 
 
+def collectives_loop(comm: xccl.Communicator) -> Callable[[], object]:
+    """Of private inputs large enough that the others read them where they lie."""
+    parts = np.full((comm.size, 1 << 16), comm.rank, np.float64)
+    counts = np.full(comm.size, 1 << 16)
+
+    def step() -> None:
+        comm.alltoall(parts)
+        comm.alltoallv(parts.reshape(-1), counts)
+        comm.scatter(parts if comm.rank == 0 else None, 0, out=parts[0] if comm.rank else None)
+
+    return step
+
+
 LOOPS = {
     "barrier": barrier_loop,
     "sendrecv": sendrecv_loop,
@@ -151,6 +164,7 @@ LOOPS = {
     "push": push_loop,
     "kv": kv_loop,
     "direct": direct_loop,
+    "collectives": collectives_loop,
 }
 
 

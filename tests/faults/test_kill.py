@@ -25,7 +25,7 @@ from tests.faults.support import (
 from xccl.fabric.shm import ShmFabric
 from xccl.runtime import processes
 
-#: 7 operations x 5 seeds x 5 kills = 175 kills.
+#: 9 operations x 5 seeds x 5 kills = 225 kills.
 SEEDS = range(5)
 KILLS = 5
 

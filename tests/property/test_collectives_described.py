@@ -38,20 +38,21 @@ def call(comm: xccl.Communicator, kind: Kind, n_bytes: int, root: int, algorithm
 def assert_described(
     fabric: str, ranks: int, program: list[tuple[Kind, int, int, str]], *, registered: bool = False
 ) -> None:
-    def main(comm: xccl.Communicator) -> Recorder:
+    def main(comm: xccl.Communicator) -> tuple[Recorder, int]:
         with comm.trace() as recorder:
             for each in program:
                 call(comm, *each, registered)
-        return recorder
+        return recorder, comm.core.fabric.reached
 
-    options: Any = {"half_bytes": STAGE_BYTES, "registered": registered}
+    results = launch(main, ranks, fabric, heap_bytes=HEAP_BYTES)
+    options: Any = {"half_bytes": STAGE_BYTES, "registered": registered, "reach": results[0][1]}
     described = [
         collectives.describe(kind, ranks, n_bytes, root=root, algorithm=algorithm, **options)
         for kind, n_bytes, root, algorithm in program
     ]
     for description in described:
         check(description)
-    for rank, recorder in enumerate(launch(main, ranks, fabric, heap_bytes=HEAP_BYTES)):
+    for rank, (recorder, _) in enumerate(results):
         assert entries_of(recorder) == [(d.operation, d.entries(rank)) for d in described]
         for operation, description in zip(recorder.operations, described, strict=True):
             assert [stage.name for stage in operation.stages] == [stage.name for stage in description.stages]
@@ -75,7 +76,7 @@ def programs(draw: st.DrawFn) -> tuple[int, list[tuple[Kind, int, int, str]]]:
 @example(case=(4, [(kind, 40_000, 1, "two-step") for kind in sorted(TWO_STEP)]))
 @given(case=programs())
 def test_collectives(fabric: str, case: tuple[int, list[tuple[Kind, int, int, str]]]) -> None:
-    """Inline and staged, one step and several, records and counted arrivals, both algorithms."""
+    """Inline, staged and read where they lie, one step and several, counted arrivals, both algorithms."""
     ranks, program = case
     if fabric == "shm" and ranks > 5:
         fabric = "local"
@@ -93,22 +94,25 @@ def test_registered_inputs(fabric: str, ranks: int, n_bytes: int) -> None:
 
 @settings(max_examples=20)
 @given(
-    ranks=st.one_of(st.integers(1, 5), st.just(40)), seed=st.integers(0, 1 << 30), most=st.sampled_from([0, 300, 9000])
+    ranks=st.one_of(st.integers(1, 5), st.just(40)),
+    seed=st.integers(0, 1 << 30),
+    most=st.sampled_from([0, 300, 9000, 20_000]),
 )
 def test_alltoallv(fabric: str, ranks: int, seed: int, most: int) -> None:
-    """Pairs of any size, of none, inline and in several steps at once."""
+    """Pairs of any size, of none, inline, in several steps, and read where they lie by some ranks, at once."""
     fabric = "local" if ranks > 5 else fabric
     rng = np.random.default_rng(seed)
     sizes = rng.integers(0, most + 1, (ranks, ranks)) * (rng.random((ranks, ranks)) < 0.7)
 
-    def main(comm: xccl.Communicator) -> Recorder:
+    def main(comm: xccl.Communicator) -> tuple[Recorder, int]:
         with comm.trace() as recorder:
             comm.alltoallv(np.zeros(sizes[comm.rank].sum(), np.uint8), sizes[comm.rank])
-        return recorder
+        return recorder, comm.core.fabric.reached
 
-    described = collectives.alltoallv(sizes, half_bytes=STAGE_BYTES)
+    results = launch(main, ranks, fabric, heap_bytes=HEAP_BYTES)
+    described = collectives.alltoallv(sizes, half_bytes=STAGE_BYTES, reach=results[0][1])
     check(described)
-    for rank, recorder in enumerate(launch(main, ranks, fabric, heap_bytes=HEAP_BYTES)):
+    for rank, (recorder, _) in enumerate(results):
         assert entries_of(recorder) == [("alltoallv", described.entries(rank))]
 
 

@@ -17,10 +17,16 @@ algorithm of two steps are written for the step that is to come, s + 1, while st
 step s - 1 were, and all others have published step s, so they are done with s - 1. A rank that refuses publishes a step
 without waiting, and waits for the others' before its next one; so no rank is ever two steps ahead of another.
 
-An input in the own segment (a symmetric array) of 8 KiB a rank or more is not staged: the record says where it lies,
-and the others read it there. The caller may change it when the call returns, so a last step, which moves nothing, says
-that all have read it; every rank sees in the first step whether anybody's input is read so. In the algorithm of two
-steps the last step has that meaning anyway: the results of the last window are published after all operands were read.
+A large input is not staged: the record says where it lies, and the others read it there. That may be the own segment
+(a symmetric array), or private memory, if all other ranks may read it, which they have tried when they joined: ranks
+that are threads load it; those that are processes have the operating system's kernel copy it, so they can move, but not
+reduce it. The caller may change it when the call returns, so a last step, which moves nothing, says that all have read
+it; every rank sees in the first step whether anybody's input is read so. In the algorithm of two steps the last step
+has that meaning anyway: the results of the last window are published after all operands were read. An input over which
+its own rank writes results before that step, as in a mesh allreduce in place, is staged.
+
+A rank that gives a call up does not publish the last step, so no rank returns what it read of an input that has changed
+since: it waits in vain, and gets an error. If the memory is gone, processes fail to read it; for threads it is kept.
 
 Every rank waits for every other in every step, also in a broadcast or a scatter: that is what makes a mistake in one
 rank's arguments an error everywhere.
@@ -301,7 +307,7 @@ class Collectives:
     ) -> tuple[Array, npt.NDArray[np.int64]]:
         """The end of an alltoallv whose kernel has returned `status`."""
         exchange = self._exchange
-        if status < OK or status == kernels.BUSY:
+        if status < OK or status in (kernels.BUSY, kernels.UNREACHABLE):
             status = exchange.finish(exchange.under_way(), status, x, out, timeout_s)
         if status == kernels.SIZES_KNOWN:
             out = np.empty((exchange.rows_that_came(), *x.shape[1:]), x.dtype)

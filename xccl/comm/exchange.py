@@ -25,6 +25,8 @@ Array = npt.NDArray[Any]
 
 #: Plans that are kept for calls with the same arguments.
 _MAX_PLANS: Final = 4096
+#: When private memory cannot be read any more: how long it may take until its process is seen to have died.
+_DEATH_S: Final = 0.5
 
 
 class Exchange:
@@ -73,6 +75,7 @@ class Exchange:
             layout.CS_SEGMENTS: core.segments_address,
             layout.CS_BLOCKS: blocks.ctypes.data,
             layout.CS_ROWS: self._rows.ctypes.data,
+            layout.CS_PROCESSES: core.fabric.processes.ctypes.data,
             layout.CS_SEGMENT_BYTES: core.fabric.segment_bytes,
             layout.CS_RANK: core.rank,
             layout.CS_RANKS: core.size,
@@ -106,7 +109,7 @@ class Exchange:
 
         def make() -> Plan:
             arguments = n_bytes, dtype, operator, root, algorithm
-            return make_plan(kind, core.rank, core.size, *arguments, self._half_bytes)
+            return make_plan(kind, core.rank, core.size, *arguments, self._half_bytes, core.fabric.reached)
 
         return self._kept(kind, (kind, n_bytes, dtype, operator, root, algorithm), make)
 
@@ -120,8 +123,9 @@ class Exchange:
         if not self.table.size:
             self.table = np.zeros((TABLE_COLUMNS, size), np.int64)
             self.state[layout.CS_TABLE // 8] = self.table.ctypes.data
+        half_bytes, reached = self._half_bytes, self.core.fabric.reached
         return self._kept(
-            "alltoallv", (dtype, row_bytes), lambda: make_rows_plan(size, dtype, row_bytes, self._half_bytes)
+            "alltoallv", (dtype, row_bytes), lambda: make_rows_plan(size, dtype, row_bytes, half_bytes, reached)
         )
 
     def _kept(self, kind: Kind, key: Any, make: Callable[[], Plan]) -> Plan:
@@ -178,6 +182,7 @@ class Exchange:
         Raises:
             UsageError: ranks have made different calls; at all of them.
             CapacityError: a rank has no room for the staging area; at all of them.
+            FabricError: the private memory of a rank that has given up cannot be read any more.
             WaitTimeout, PeerDied, SessionAborted: see `xccl.errors`.
         """
         slice_ns = SLICE_NS if self.core.progress is None else PROGRESS_SLICE_NS
@@ -202,7 +207,11 @@ class Exchange:
                     timeout_s,
                     time.monotonic_ns() + int(timeout_s * 1e9),
                 )
+            if status == kernels.UNREACHABLE:
+                raise self._unreachable(plan.name)
         except BaseException as error:
+            if x is not None:
+                self.core.fabric.keep(x)
             self._break(f"{plan.name} was given up in the middle ({type(error).__name__})")
             raise
         if status == MISMATCH:
@@ -300,6 +309,20 @@ class Exchange:
             if seen < step:
                 return Waiting(name, step, peer, step, seen)
         return Waiting(name, step, None, step, step)
+
+    def _unreachable(self, name: str) -> FabricError:
+        """The error when the input of a rank cannot be read any more, unless that is because it died or left."""
+        core, peer = self.core, int(self.state[layout.CS_CURSOR // 8])
+        waiting = Waiting(name, None, peer)
+        deadline = time.monotonic() + _DEATH_S
+        while time.monotonic() < deadline:
+            core.check_session(lambda: waiting)
+            if core.has_left(waiting):
+                raise core.left(waiting)
+            time.sleep(0.001)
+        return FabricError(
+            f"rank {core.rank}: {name}: the input of rank {peer} cannot be read any more", rank=core.rank, peer=peer
+        )
 
     def _said_by_all(self, plan: Plan) -> dict[int, tuple[int, int]]:
         """Signature and size of a part, by rank."""

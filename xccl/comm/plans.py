@@ -56,6 +56,7 @@ class Plan:
             layout.PL_TWO_STEP: int(how.algorithm == "two-step"),
             layout.PL_RESULTS: how.results,
             layout.PL_EXPOSE: how.expose_bytes,
+            layout.PL_EXPOSE_PRIVATE: how.expose_private_bytes,
         }
         for offset, value in (cut_words | words).items():
             self._words[offset // 8] = value
@@ -73,7 +74,7 @@ class Plan:
 
 def make_plan(
     kind: Kind, rank: int, ranks: int, n_bytes: int, dtype: np.dtype[Any], operator: str | None, root: int | None,
-    algorithm: str, half_bytes: int,
+    algorithm: str, half_bytes: int, reach: int,
 ) -> Plan:  # fmt: skip
     """The plan for a call other than alltoallv.
 
@@ -87,13 +88,14 @@ def make_plan(
         root: of those that have one.
         algorithm: see `protocol.collectives.cut`.
         half_bytes: size of each half of the staging area.
+        reach: how the other ranks reach private memory of this one: one of the REACH_ codes.
 
     Raises:
         UsageError: there is no such algorithm or operator, or no operator for this element type.
     """
     flow = FLOWS[kind]
     fold = _fold(dtype, operator) if flow.reduces else -1
-    how = cut(kind, ranks, n_bytes, algorithm, half_bytes)
+    how = cut(kind, ranks, n_bytes, algorithm, half_bytes, reach)
     at_root = _NO_ROOT if root is None else root
     gives, takes = not flow.from_root or root == rank, not flow.to_root or root == rank
     in_place = 0 if kind in _AT_START else rank * n_bytes if kind in _AT_OWN_PART else -1
@@ -115,10 +117,10 @@ def make_plan(
     }, dtype, ranks)  # fmt: skip
 
 
-def make_rows_plan(ranks: int, dtype: np.dtype[Any], row_bytes: int, half_bytes: int) -> Plan:
+def make_rows_plan(ranks: int, dtype: np.dtype[Any], row_bytes: int, half_bytes: int, reach: int) -> Plan:
     """The plan for alltoallv of rows of that size; how many go where is in the table of the communicator."""
     rows = _checksum(f"{dtype} in rows of {row_bytes} bytes")
-    return Plan("alltoallv", cut("alltoallv", ranks, -1, "mesh", half_bytes), {
+    return Plan("alltoallv", cut("alltoallv", ranks, -1, "mesh", half_bytes, reach), {
         layout.PL_SIGNATURE: _signature(_KINDS.index("alltoallv"), dtype=rows),
         layout.PL_BYTES: -1,
         layout.PL_SENDER: -1,

@@ -7,7 +7,7 @@ is plain addresses; a fabric without load/store access to peers would raise Fabr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ..errors import FabricError
 from ..kernels import wait, words
 from ..layout.record import align_up
+from ..layout.ring import REACH_NONE
 from ..layout.segment import (
     ABORT_DIED,
     CONTROL_OFFSET,
@@ -38,6 +39,8 @@ class Fabric(ABC):
         geometry: sizes and offsets of every segment.
         segments: int64 [ranks], the address at which each rank's segment is mapped here.
         controls: int64 [ranks], the addresses of their control areas.
+        processes: int64 [ranks], the processes that must be asked for the private memory of each; 0: it is loaded.
+        reached: how all other ranks reach the private memory of this one: one of the REACH_ codes.
     """
 
     #: Name on the command line and in reports.
@@ -48,6 +51,8 @@ class Fabric(ABC):
         self.geometry = geometry
         self.segments: npt.NDArray[np.int64] = np.zeros(geometry.ranks, np.int64)
         self.controls: npt.NDArray[np.int64] = np.zeros(geometry.ranks, np.int64)
+        self.processes: npt.NDArray[np.int64] = np.zeros(geometry.ranks, np.int64)
+        self.reached = REACH_NONE
 
     @property
     def ranks(self) -> int:
@@ -145,6 +150,10 @@ class Fabric(ABC):
     @abstractmethod
     def private_reach(self, peer: int) -> tuple[int, int]:
         """How the private memory of a rank is reached from here: one of the REACH_ codes, and its process."""
+
+    @abstractmethod
+    def keep(self, array: npt.NDArray[Any]) -> None:
+        """An operation was given up while other ranks may still read this array: where they load it, let it stay."""
 
     def read_control(self, offset: int) -> int:
         """A word of the own control area."""

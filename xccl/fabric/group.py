@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +56,8 @@ class GroupFabric(Fabric):
         self.members = tuple(members)
         self.segments = world.segments[list(members)]
         self.controls = world.controls[list(members)]
+        self.processes = world.processes[list(members)]
+        self.reached = world.reached
         self.name = world.name  # type: ignore[misc]
 
     @property
@@ -81,6 +84,10 @@ class GroupFabric(Fabric):
     def private_reach(self, peer: int) -> tuple[int, int]:
         """How the private memory of a member is reached."""
         return self.world.private_reach(self.members[peer])
+
+    def keep(self, array: npt.NDArray[Any]) -> None:
+        """An operation was given up while members may still read this array."""
+        self.world.keep(array)
 
     def dead_peers(self) -> list[tuple[int, str]]:
         """Members that have ended without leaving the session."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,8 @@ class LocalWorld:
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
         self.dead: dict[int, str] = {}
+        #: Arrays that ranks may still read although their owner has given up.
+        self.kept: list[npt.NDArray[Any]] = []
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         try:
             self.maps = [mmap.mmap(-1, geometry.total_bytes, flags=flags) for _ in range(geometry.ranks)]
@@ -51,6 +54,7 @@ class LocalFabric(Fabric):
     def __init__(self, world: LocalWorld, rank: int) -> None:
         super().__init__(rank, world.geometry)
         self._world = world
+        self.reached = REACH_DIRECT
         self._mapped(world.bases, *wait_policy(world.geometry.ranks, len(os.sched_getaffinity(0))))
 
     def view(self, rank: int, offset: int, n_bytes: int) -> npt.NDArray[np.uint8]:
@@ -69,6 +73,10 @@ class LocalFabric(Fabric):
     def private_reach(self, peer: int) -> tuple[int, int]:
         """By load and store: all ranks are in this process."""
         return REACH_DIRECT, 0
+
+    def keep(self, array: npt.NDArray[Any]) -> None:
+        """It lives as long as the world: another thread may be in the middle of reading it."""
+        self._world.kept.append(array)
 
     def dead_peers(self) -> list[tuple[int, str]]:
         """Ranks whose threads were marked dead."""

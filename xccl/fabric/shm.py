@@ -16,12 +16,13 @@ import resource
 import select
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import CapacityError, PeerDied, SegmentError, SessionAborted, WaitTimeout, XcclError
-from ..kernels import wait, words, zerocopy
+from ..kernels import processes, wait, words
 from ..layout.ring import REACH_DIRECT, REACH_KERNEL, REACH_NONE
 from ..layout.segment import (
     ABORT_DIED,
@@ -31,6 +32,7 @@ from ..layout.segment import (
     CTL_ABORT,
     CTL_ATTACHED,
     CTL_LAST_WORDS,
+    CTL_REACHED,
     CTL_STATE,
     LAST_WORDS_BYTES,
     STATE_LEFT,
@@ -86,6 +88,8 @@ class ShmFabric(Fabric):
             bases = [self._segments[r].base for r in range(geometry.ranks)]
             self._mapped(bases, *wait_policy(geometry.ranks, len(os.sched_getaffinity(0))))
             self._await_attached(deadline, join_timeout_s)
+            if words.load(self.control + CTL_REACHED) == self.ranks - 1:
+                self.reached = REACH_KERNEL
             own.unlink()
         except BaseException as error:
             if isinstance(error, SegmentError):
@@ -132,6 +136,9 @@ class ShmFabric(Fabric):
             raise
         self._watch(peer, segment)
         self._segments[peer] = segment
+        self.processes[peer] = segment.header().owner_pid
+        # Before it is counted as attached: who has been attached by all knows by how many it is reached.
+        words.add(segment.base + CONTROL_OFFSET + CTL_REACHED, int(self._may_read(peer)))
         words.add(segment.base + CONTROL_OFFSET + CTL_ATTACHED, 1)
         return None
 
@@ -234,10 +241,15 @@ class ShmFabric(Fabric):
         """By the operating system's kernel, if it lets this process read the peer's memory (see ptrace(2))."""
         if peer == self.rank:
             return REACH_DIRECT, 0
-        pid = self._segments[peer].header().owner_pid
+        return (REACH_KERNEL if self._may_read(peer) else REACH_NONE), int(self.processes[peer])
+
+    def _may_read(self, peer: int) -> bool:
+        """Does the operating system let this process read the private memory of a peer?"""
         scratch = np.zeros(4, np.int64)
-        allowed = zerocopy.may_reach(pid, scratch.ctypes.data, _NOWHERE)
-        return (REACH_KERNEL if allowed else REACH_NONE), pid
+        return bool(processes.may_read(int(self.processes[peer]), scratch.ctypes.data, _NOWHERE))
+
+    def keep(self, array: npt.NDArray[Any]) -> None:
+        """Nothing to do: the operating system's kernel fails to read what is gone."""
 
     def dead_peers(self) -> list[tuple[int, str]]:
         """Ranks whose processes have ended without leaving the session."""

@@ -10,16 +10,21 @@ from ..layout.collectives import (
     CS_CHUNK,
     CS_CLOSES,
     CS_COUNTS,
+    CS_CURSOR,
     CS_EXPOSED,
     CS_INDEX,
     CS_LARGEST,
+    CS_PROCESSES,
     CS_RANK,
     CS_RANKS,
     CS_ROWS,
     CS_STEPS,
     CS_TAKES,
     CS_TARGET,
+    CS_VECTORS,
+    EXPOSED,
     INLINE_BYTES,
+    LIMIT_SHIFT,
     METER_GATHER,
     METER_OWN,
     METER_PULL,
@@ -34,6 +39,7 @@ from ..layout.collectives import (
     PL_RESULTS,
     PL_SENDER,
     PL_TWO_STEP,
+    PRIVATE,
     TB_CAME,
     TB_EXPECTED,
     TB_RECEIVED,
@@ -46,6 +52,7 @@ from .collective_records import (
     half_of,
     has_parts,
     is_inline,
+    limit_of,
     meter,
     place_of,
     record_of,
@@ -56,6 +63,7 @@ from .collective_records import (
     table_at,
 )
 from .copy import copy_bytes, copy_bytes_auto
+from .processes import read_memory
 
 
 @device
@@ -144,7 +152,7 @@ def learn_sizes(state: int, plan: int, step: int, room: int) -> None:
         size = load_i64(table_at(state, TB_SENT, rank))
         if peer != rank:
             record = record_of(state, peer, step)
-            largest = max(largest, load_i64(record + CR_LIMIT) >> 1)
+            largest = max(largest, load_i64(record + CR_LIMIT) >> LIMIT_SHIFT)
             size = load_i64(record + CR_BYTES)
             if load_i64(state + CS_COUNTS) != 0:
                 size = load_i64(results_of(state, record, peer) + 8 * rank)
@@ -174,11 +182,10 @@ def learn_exposed(state: int, plan: int, step: int) -> None:
     for peer in range(load_i64(state + CS_RANKS)):
         if sender >= 0 and sender != peer:
             continue
-        limit = 2 * load_i64(state + CS_LARGEST) + load_i64(state + CS_EXPOSED)
-        if peer != rank:
-            limit = load_i64(record_of(state, peer, step) + CR_LIMIT)
-        some = some or limit & 1 != 0
-        every = every and (limit & 1 != 0 or (load_i64(plan + PL_BYTES) < 0 and limit >> 1 <= INLINE_BYTES))
+        limit = limit_of(state) if peer == rank else load_i64(record_of(state, peer, step) + CR_LIMIT)
+        exposed = limit & EXPOSED != 0
+        some = some or exposed
+        every = every and (exposed or (load_i64(plan + PL_BYTES) < 0 and limit >> LIMIT_SHIFT <= INLINE_BYTES))
     if some and load_i64(plan + PL_TWO_STEP) == 0:
         store_i64(state + CS_CLOSES, 1)
         if every:
@@ -212,7 +219,7 @@ def _part_of(state: int, plan: int, peer: int, step: int) -> int:
     if is_inline(state, plan, received_bytes(state, plan, peer)):
         return record + CR_PAYLOAD
     place = place_of(state, record, peer)
-    if load_i64(record + CR_LIMIT) & 1 != 0:  # the whole input lies there
+    if load_i64(record + CR_LIMIT) & EXPOSED != 0:  # the whole input lies there
         index = load_i64(state + CS_INDEX)
         place += index * load_i64(state + CS_CHUNK) if index != 0 else 0
     return place
@@ -240,12 +247,33 @@ def take_own(state: int, plan: int, x: int, out: int) -> None:
 
 
 @device
-def take_parts(state: int, plan: int, out: int, step: int) -> None:
-    """Copy this step's pieces of the parts of all others to where they belong. The next rank comes first."""
+def _take_part(state: int, plan: int, peer: int, step: int, target: int, size: int) -> bool:
+    """Copy this step's piece of the part of another rank; False if its private memory cannot be read (any more)."""
+    n_bytes = received_bytes(state, plan, peer)
+    place = _part_of(state, plan, peer, step)
+    process = load_i64(load_i64(state + CS_PROCESSES) + 8 * peer)
+    is_private = load_i64(record_of(state, peer, step) + CR_LIMIT) & PRIVATE != 0
+    if process != 0 and is_private and not is_inline(state, plan, n_bytes):
+        if not read_memory(process, state + CS_VECTORS, target, place, size):
+            store_i64(state + CS_CURSOR, peer)
+            return False
+    else:
+        copy_bytes_auto(target, place, size)
+    _meter_part(state, plan, peer, n_bytes, size)
+    return True
+
+
+@device
+def take_parts(state: int, plan: int, out: int, step: int) -> bool:
+    """Copy this step's pieces of the parts of all others to where they belong. The next rank comes first.
+
+    Returns:
+        False, with the cursor at that rank, if the private memory of one cannot be read (any more).
+    """
     rank, ranks = load_i64(state + CS_RANK), load_i64(state + CS_RANKS)
     sender, receiver = load_i64(plan + PL_SENDER), load_i64(plan + PL_RECEIVER)
     if receiver >= 0 and receiver != rank:
-        return
+        return True
     index = load_i64(state + CS_INDEX)
     start = index * load_i64(state + CS_CHUNK) if index != 0 else 0
     peer = rank
@@ -253,12 +281,10 @@ def take_parts(state: int, plan: int, out: int, step: int) -> None:
         peer = peer + 1 if peer + 1 < ranks else 0
         if sender >= 0 and sender != peer:
             continue
-        n_bytes = received_bytes(state, plan, peer)
-        size = piece_of(state, n_bytes)
-        if size > 0:
-            target = out + received_at(state, plan, peer) + start
-            copy_bytes_auto(target, _part_of(state, plan, peer, step), size)
-            _meter_part(state, plan, peer, n_bytes, size)
+        size = piece_of(state, received_bytes(state, plan, peer))
+        if size > 0 and not _take_part(state, plan, peer, step, out + received_at(state, plan, peer) + start, size):
+            return False
+    return True
 
 
 @device
@@ -320,7 +346,7 @@ def _slice_from(state: int, peer: int, step: int, x: int, start: int, size: int)
         return x + start
     meter(state, METER_PULL, peer, size)
     record = record_of(state, peer, step)
-    if load_i64(record + CR_LIMIT) & 1 == 0:
+    if load_i64(record + CR_LIMIT) & EXPOSED == 0:
         start -= load_i64(state + CS_INDEX) * load_i64(state + CS_CHUNK)
     return place_of(state, record, peer) + start
 

@@ -33,6 +33,7 @@ from ..layout.collectives import (
     CS_TABLE,
     HEADERS_OFFSET,
     INLINE_BYTES,
+    LIMIT_SHIFT,
     METER_ARRIVAL,
     METER_AWAIT,
     METER_PAYLOAD,
@@ -47,6 +48,7 @@ from ..layout.collectives import (
     PL_SENDER,
     PL_SIGNATURE,
     PL_TWO_STEP,
+    PRIVATE,
     RECORD_BYTES,
     RECORDS_OFFSET,
     TB_SENT,
@@ -129,6 +131,12 @@ def is_inline(state: int, plan: int, n_bytes: int) -> bool:
     return load_i64(plan + PL_INLINE) != 0
 
 
+@device
+def limit_of(state: int) -> int:
+    """What this rank says of its input: how large its largest part is, and whether it is read where it lies."""
+    return (load_i64(state + CS_LARGEST) << LIMIT_SHIFT) + load_i64(state + CS_EXPOSED)
+
+
 # -- to say -----------------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +147,7 @@ def _fill(state: int, plan: int, record: int, peer: int, x: int, step: int) -> N
     n_bytes = sent_bytes(state, plan, peer)
     store_i64(record + CR_SIGNATURE, load_i64(plan + PL_SIGNATURE))
     store_i64(record + CR_BYTES, n_bytes)
-    store_i64(record + CR_LIMIT, 2 * load_i64(state + CS_LARGEST) + load_i64(state + CS_EXPOSED))
+    store_i64(record + CR_LIMIT, limit_of(state))
     if is_inline(state, plan, n_bytes):
         rank = load_i64(state + CS_RANK)
         sender, receiver = load_i64(plan + PL_SENDER), load_i64(plan + PL_RECEIVER)
@@ -149,14 +157,16 @@ def _fill(state: int, plan: int, record: int, peer: int, x: int, step: int) -> N
             meter(state, METER_PAYLOAD, peer, n_bytes)
     else:
         half = half_of(state, plan, step)
-        exposed = load_i64(state + CS_EXPOSED) != 0
+        exposed = load_i64(state + CS_EXPOSED)
         at, stride = half, load_i64(state + CS_CHUNK) if has_parts(plan) else 0
-        if exposed:
-            at, stride = x - segment_of(state, load_i64(state + CS_RANK)), load_i64(plan + PL_SEND_STRIDE)
+        if exposed != 0:
+            at, stride = x, load_i64(plan + PL_SEND_STRIDE)
+            if exposed & PRIVATE == 0:
+                at -= segment_of(state, load_i64(state + CS_RANK))
         if load_i64(plan + PL_TWO_STEP) != 0:
             stride = 0
         elif not counts:
-            at += sent_at(state, plan, peer) if exposed else peer * stride
+            at += sent_at(state, plan, peer) if exposed != 0 else peer * stride
             stride = 0
         store_i64(record + CR_AT, at)
         store_i64(record + CR_STRIDE, stride)
@@ -273,8 +283,9 @@ def all_agree(state: int, plan: int, step: int) -> bool:
 
 @device
 def place_of(state: int, record: int, peer: int) -> int:
-    """Address of what a record says lies in the segment of its sender for this rank."""
-    return segment_of(state, peer) + load_i64(record + CR_AT) + load_i64(state + CS_RANK) * load_i64(record + CR_STRIDE)
+    """Address of what a record says its sender has for this rank; if that is in private memory, it is one there."""
+    base = segment_of(state, peer) if load_i64(record + CR_LIMIT) & PRIVATE == 0 else 0
+    return base + load_i64(record + CR_AT) + load_i64(state + CS_RANK) * load_i64(record + CR_STRIDE)
 
 
 @device

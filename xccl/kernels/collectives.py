@@ -25,16 +25,19 @@ from ..layout.collectives import (
     CS_STEPS,
     CS_TAKES,
     CS_TARGET,
+    EXPOSED,
     METER_FOLD,
     PL_BYTES,
     PL_CHUNK,
     PL_EXPOSE,
+    PL_EXPOSE_PRIVATE,
     PL_FOLD,
     PL_INLINE,
     PL_ITEM_BYTES,
     PL_STEPS,
     PL_TWO_STEP,
     PL_X_BYTES,
+    PRIVATE,
     TB_ROWS,
     TB_SENT,
     TB_SENT_AT,
@@ -68,6 +71,8 @@ BUSY = 2
 UNFIT = 3
 #: Alltoallv: other numbers of rows came than expected, or there was no room for them; none was written.
 WRONG_ROWS = 4
+#: The private memory of the rank that the cursor names cannot be read (any more).
+UNREACHABLE = 5
 
 
 @device
@@ -90,17 +95,21 @@ def _plan_rows(state: int, plan: int, rows: int) -> bool:
 
 
 @device
-def _is_exposed(state: int, plan: int, x: int) -> bool:
-    """Does the input lie in the own segment, and is it worth a step more not to stage it?"""
+def _exposure(state: int, plan: int, x: int, out: int) -> int:
+    """Do the others read the input where it lies (EXPOSED, and maybe PRIVATE)? If that is worth a step more."""
+    if x == out and load_i64(plan + PL_FOLD) >= 0 and load_i64(plan + PL_TWO_STEP) == 0:
+        return 0  # results would overwrite what others still read
     staged_bytes = load_i64(plan + PL_X_BYTES)
     if load_i64(plan + PL_BYTES) < 0:
-        staged_bytes = load_i64(state + CS_LARGEST)
+        staged_bytes = load_i64(state + CS_LARGEST) * load_i64(state + CS_RANKS)
     within = x - segment_of(state, load_i64(state + CS_RANK))
-    return staged_bytes >= load_i64(plan + PL_EXPOSE) and 0 <= within < load_i64(state + CS_SEGMENT_BYTES)
+    if 0 <= within < load_i64(state + CS_SEGMENT_BYTES):
+        return EXPOSED if staged_bytes >= load_i64(plan + PL_EXPOSE) else 0
+    return EXPOSED | PRIVATE if staged_bytes >= load_i64(plan + PL_EXPOSE_PRIVATE) else 0
 
 
 @device
-def _begin(state: int, plan: int, x: int, x_rows: int) -> bool:
+def _begin(state: int, plan: int, x: int, x_rows: int, out: int) -> bool:
     store_i64(state + CS_LARGEST, 0)
     if load_i64(plan + PL_BYTES) < 0 and not _plan_rows(state, plan, x_rows):
         return False
@@ -108,7 +117,7 @@ def _begin(state: int, plan: int, x: int, x_rows: int) -> bool:
     store_i64(state + CS_INDEX, 0)
     store_i64(state + CS_STEPS, load_i64(plan + PL_STEPS))
     store_i64(state + CS_CHUNK, load_i64(plan + PL_CHUNK))
-    store_i64(state + CS_EXPOSED, 1 if _is_exposed(state, plan, x) else 0)
+    store_i64(state + CS_EXPOSED, _exposure(state, plan, x, out))
     store_i64(state + CS_CLOSES, 0)
     store_i64(state + CS_TAKES, 1)
     return True
@@ -161,11 +170,11 @@ def collective(state: int, plan: int, x: int, x_rows: int, out: int, out_rows: i
 
     Returns:
         OK, SLICE, ABORTED, PENDING; MISMATCH if ranks disagree about the call: nothing was moved; or SIZES_KNOWN, BUSY,
-        UNFIT, WRONG_ROWS.
+        UNFIT, WRONG_ROWS, UNREACHABLE.
     """
     phase = load_i64(state + CS_PHASE)
     if phase == IDLE:
-        if not _begin(state, plan, x, x_rows):
+        if not _begin(state, plan, x, x_rows, out):
             return UNFIT
         phase = PUBLISH
     elif load_i64(state + CS_PLAN) != plan:
@@ -175,6 +184,8 @@ def collective(state: int, plan: int, x: int, x_rows: int, out: int, out_rows: i
         index = load_i64(state + CS_INDEX)
         if phase == PUBLISH:
             _publish(state, plan, x)
+            if out != 0 and fold < 0 and _is_closing(state) and load_i64(state + CS_TAKES) != 0:
+                take_own(state, plan, x, out)  # while the others finish
             phase = AWAIT
         step = load_i64(state + CS_STEP)
         if phase == AWAIT:
@@ -198,9 +209,11 @@ def collective(state: int, plan: int, x: int, x_rows: int, out: int, out_rows: i
             if fold >= 0:
                 size = part_operands(state, plan, x, out, step)
             elif load_i64(state + CS_TAKES) != 0 and out != 0:
-                if index == 0:
+                if index == 0 and load_i64(state + CS_CLOSES) == 0:
                     take_own(state, plan, x, out)
-                take_parts(state, plan, out, step)
+                if not take_parts(state, plan, out, step):
+                    store_i64(state + CS_PHASE, CONSUME)
+                    return UNREACHABLE
         if size > 0:
             n = size // load_i64(plan + PL_ITEM_BYTES)
             fold_rows(fold, load_i64(state + CS_ROWS), load_i64(state + CS_RANKS), n, load_i64(state + CS_TARGET))
@@ -217,7 +230,7 @@ def collective(state: int, plan: int, x: int, x_rows: int, out: int, out_rows: i
 @kernel("void(int64, int64)")
 def refuse(state: int, plan: int) -> None:
     """Publish a step that no other rank agrees with, and wait for nobody; `collective` with this plan waits."""
-    _begin(state, plan, 0, 0)
+    _begin(state, plan, 0, 0, 0)
     _publish(state, plan, 0)
     store_i64(state + CS_PHASE, AWAIT)
 

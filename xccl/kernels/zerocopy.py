@@ -25,10 +25,6 @@ after that.
 
 from __future__ import annotations
 
-from typing import Any
-
-from numba.core import types
-
 from ..layout.ring import (
     AN_FORM,
     AN_PLACE,
@@ -77,9 +73,10 @@ from ..layout.ring import (
     TR_PULLED,
     TR_PUSHED,
 )
-from ._jit import device, kernel
-from .atomics import fetch_add, load_acquire, load_i32, load_i64, remainder, store_i64, store_release
+from ._jit import device
+from .atomics import fetch_add, load_acquire, load_i64, remainder, store_i64, store_release
 from .copy import copy_bytes
+from .processes import read_memory, write_memory
 from .wait import OK, PENDING, SLICE, now_ns, ring, sched_yield
 
 #: What a step has done: something, or the last thing (beside PENDING: nothing).
@@ -88,12 +85,6 @@ ENDED = 2
 
 #: Pieces that a receiver pulls before it looks at anything else.
 _PIECES_A_STEP = 4
-
-_signature = types.int64(types.int64, types.int64, types.int64, types.int64, types.int64, types.int64)
-_process_vm_readv: Any = types.ExternalFunction("process_vm_readv", _signature)
-_process_vm_writev: Any = types.ExternalFunction("process_vm_writev", _signature)
-_errno_address: Any = types.ExternalFunction("__errno_location", types.int64())
-_EFAULT = 14
 
 
 @device
@@ -125,23 +116,10 @@ def _move_between(channel: int, own: int, form: int, place: int, n_bytes: int, o
         else:
             copy_bytes(own, other, n_bytes)
         return True
-    here = channel + CH_VECTORS
-    there = here + 16
-    pid = load_i64(channel + CH_PEER_PID)
-    done = 0
-    while done < n_bytes:
-        store_i64(here, own + done)
-        store_i64(here + 8, n_bytes - done)
-        store_i64(there, place + done)
-        store_i64(there + 8, n_bytes - done)
-        if outward:
-            moved = _process_vm_writev(pid, here, 1, there, 1, 0)
-        else:
-            moved = _process_vm_readv(pid, here, 1, there, 1, 0)
-        if moved <= 0:
-            return False
-        done += moved
-    return True
+    pid, vectors = load_i64(channel + CH_PEER_PID), channel + CH_VECTORS
+    if outward:
+        return write_memory(pid, vectors, own, place, n_bytes)
+    return read_memory(pid, vectors, own, place, n_bytes)
 
 
 @device
@@ -296,22 +274,3 @@ def withdraw(op: int, slot: int, sending: bool, until_ns: int) -> int:
             return SLICE
         sched_yield()
     return OK
-
-
-@kernel("int64(int64, int64, int64)")
-def may_reach(pid: int, vectors: int, address: int) -> int:
-    """May this process read the memory of another? 1 if so. It asks for a byte at an address that is nobody's.
-
-    Args:
-        pid: the other process.
-        vectors: address of 32 bytes for two `struct iovec`.
-        address: where nothing is mapped.
-    """
-    store_i64(vectors, vectors)
-    store_i64(vectors + 8, 1)
-    store_i64(vectors + 16, address)
-    store_i64(vectors + 24, 1)
-    if _process_vm_readv(pid, vectors, 1, vectors + 16, 1, 0) >= 0:
-        return 1
-    # Permission is checked first: a bad address is one that it would have been allowed to read.
-    return int(load_i32(_errno_address()) == _EFAULT)

@@ -33,9 +33,11 @@ CR_SIGNATURE = COLLECTIVE_RECORD.add(
 )
 CR_BYTES = COLLECTIVE_RECORD.add("bytes", 8, "size of a part, the same at all ranks; in alltoallv for this receiver")
 CR_LIMIT = COLLECTIVE_RECORD.add(
-    "limit", 8, "twice the size of the sender's largest part (alltoallv), plus 1 if its input is read where it lies"
+    "limit", 8, "4 times the size of the sender's largest part (alltoallv), plus EXPOSED, plus PRIVATE"
 )
-CR_AT = COLLECTIVE_RECORD.add("at", 8, "where the parts for this receiver, or for all, start in the sender's segment")
+CR_AT = COLLECTIVE_RECORD.add(
+    "at", 8, "where the parts for this receiver, or for all, start in the sender's segment, or in its private memory"
+)
 CR_STRIDE = COLLECTIVE_RECORD.add("stride", 8, "distance of parts for two ranks there, in a record for all")
 CR_RESULTS = COLLECTIVE_RECORD.add("results", 8, "two-step: where results are; alltoallv, in a record for all: sizes")
 COLLECTIVE_RECORD.add("rest", 200, "not used")
@@ -44,6 +46,12 @@ RECORD_BYTES: Final = COLLECTIVE_RECORD.size_bytes
 CR_PAYLOAD: Final = CR_AT
 #: Parts of up to this size travel in the records.
 INLINE_BYTES: Final = RECORD_BYTES - CR_PAYLOAD
+
+#: In `limit`: the sender's input is read where it lies; that is in its private memory, and `at` an address there.
+EXPOSED: Final = 1
+PRIVATE: Final = 2
+#: The rest of `limit` are these bits and those above.
+LIMIT_SHIFT: Final = 2
 
 #: Words that a rank can say in an agreement: they travel in the record.
 AGREE_MAX_VALUES: Final = INLINE_BYTES // 8
@@ -102,11 +110,15 @@ CS_STEPS = COLLECTIVE_STATE.add("steps", 8, "steps of the call")
 CS_CURSOR = COLLECTIVE_STATE.add("cursor", 8, "first rank whose record was not seen yet")
 CS_CHUNK = COLLECTIVE_STATE.add("chunk_bytes", 8, "bytes of a part that go in one step of the call")
 CS_LARGEST = COLLECTIVE_STATE.add("largest", 8, "alltoallv: size of the largest part that this rank sends")
-CS_EXPOSED = COLLECTIVE_STATE.add("exposed", 8, "1 if the others read the input of this rank where it lies")
+CS_EXPOSED = COLLECTIVE_STATE.add("exposed", 8, "EXPOSED and PRIVATE, if the others read the own input where it lies")
 CS_CLOSES = COLLECTIVE_STATE.add("closes", 8, "1 if the last step moves nothing: it says that the inputs were read")
 CS_TABLE = COLLECTIVE_STATE.add("table", 8, "alltoallv: address of int64 [columns][ranks], see `TABLE_COLUMNS`")
 CS_CAME = COLLECTIVE_STATE.add("came", 8, "alltoallv: rows that came from all ranks together")
 CS_TAKES = COLLECTIVE_STATE.add("takes", 8, "alltoallv: 1 if what comes is what was expected, and has room")
+CS_PROCESSES = COLLECTIVE_STATE.add(
+    "processes", 8, "address of [ranks] int64: processes whose private memory must be asked for; 0: it is loaded"
+)
+CS_VECTORS = COLLECTIVE_STATE.add("vectors", 32, "room for two struct iovec")
 CS_METER = COLLECTIVE_STATE.add("meter", 8, "address of [kinds][ranks][2] int64: units and bytes moved; 0 for none")
 
 PLAN = Record("collective plan", "Private to a rank: a call with its arguments but for the addresses of data.")
@@ -123,6 +135,7 @@ PL_CHUNK = PLAN.add("chunk_bytes", 8, "bytes of a part (two steps: of all) that 
 PL_STEPS = PLAN.add("steps", 8, "number of steps; not in alltoallv")
 PL_INLINE = PLAN.add("inline", 8, "1: parts travel in the records")
 PL_EXPOSE = PLAN.add("expose_bytes", 8, "from so many bytes on an input in the own segment is not staged")
+PL_EXPOSE_PRIVATE = PLAN.add("expose_private_bytes", 8, "the same of an input in private memory")
 PL_HALF = PLAN.add("half", 8, "distance of the two halves of the staging area")
 PL_RESULTS = PLAN.add("results", 8, "two steps: where results start in a half; alltoallv: where sizes do")
 PL_X_BYTES = PLAN.add("x_bytes", 8, "bytes of the input; -1: there is none")

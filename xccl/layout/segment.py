@@ -27,7 +27,7 @@ from .ring import ANSWER_BYTES, FIELD_BYTES, MAX_LANES, REFUSAL_BYTES, SLOT_HEAD
 #: "XCCLSEG1" as a little-endian integer.
 MAGIC = int.from_bytes(b"XCCLSEG1", "little")
 #: Raised with every change of any layout.
-LAYOUT_VERSION = 6
+LAYOUT_VERSION = 7
 PAGE_BYTES = 4096
 
 HEADER = Record("segment header", "Written once by the owner; `ready` is published last (SYNC POINT segment-ready).")
@@ -72,6 +72,7 @@ CTL_BARRIER_ARRIVALS = CONTROL.add(
 )
 CTL_BARRIER_RELEASE = CONTROL.add("barrier_release", 8, "epoch of the last complete barrier", align=HOT_LINE_BYTES)
 CTL_ATTACHED = CONTROL.add("attached", 8, "number of peers that have attached this segment", align=HOT_LINE_BYTES)
+CTL_REACHED = CONTROL.add("reached", 8, "how many of these may read the owner's private memory")
 CTL_STATE = CONTROL.add("state", 8, "0 running, 1 left after its work was done, 2 failed", align=HOT_LINE_BYTES)
 CTL_PAUSES = CONTROL.add("pauses", 8, "wait policy: spins with a pause before it yields", align=HOT_LINE_BYTES)
 CTL_YIELDS = CONTROL.add("yields", 8, "wait policy: yields before it sleeps")

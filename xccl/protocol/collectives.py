@@ -7,6 +7,8 @@ Rules
 - Parts of at most INLINE_BYTES travel inside of the messages by which ranks tell each other.
 - "mesh": one step for small parts. Larger ones are cut into pieces of a size that stays in a core's cache. What is
   reduced, is reduced by each rank that wants it, from the data of all ranks where they lie, in the order of ranks.
+- Large inputs are not staged where the others can read them in place: one more step, which moves nothing, says that
+  they have.
 - "two-step" (allreduce, broadcast): of each window each rank reduces (or reads from the root) a slice, and passes it
   on: reduce-scatter and allgather. A step carries the results of the window before and the operands of the next one,
   so there is one step more than windows.
@@ -33,6 +35,7 @@ import numpy.typing as npt
 
 from ..errors import UsageError
 from ..layout.collectives import CR_PAYLOAD, INLINE_BYTES, MESH_RANKS, aligned_part
+from ..layout.ring import REACH_DIRECT, REACH_KERNEL, REACH_NONE
 from ..layout.segment import Geometry
 from .stage import (
     Description,
@@ -61,8 +64,18 @@ _STAGES_BYTES: Final = 1 << 30
 #: A step costs as much as copying some 10 KiB, more if ranks share a core, so there is a least size for a part.
 _STEP_BYTES: Final = 128 << 10
 _LEAST_PART_BYTES: Final = 32 << 10
-#: For each rank: staging so many bytes takes as long as a step.
-_EXPOSE_BYTES: Final = 8 << 10
+#: Of an input, for each other rank: staging so many bytes takes as long as the step that closes a call in which inputs
+#: are read where they lie. Where only the root gives, it is the only one that stages.
+_EXPOSE_BYTES: Final = 1 << 10
+_EXPOSE_AT_ROOT_BYTES: Final = {"broadcast": 4 << 10, "gather": 4 << 10, "scatter": 8 << 10}
+#: Reading private memory by the operating system's kernel costs a microsecond for each rank that is read, and then each
+#: page, so what is staged once and read by many is better staged. By parts for two and for more ranks, and by inputs
+#: without parts for two and for up to four.
+_EXPOSE_PARTS_BY_KERNEL_BYTES: Final = (6 << 10, 24 << 10)
+_EXPOSE_BY_KERNEL_BYTES: Final = (6 << 10, 96 << 10)
+#: With two ranks, the root of a larger gather would copy everything from memory, alone.
+_EXPOSE_GATHER_MOST_BYTES: Final = 512 << 10
+_NEVER: Final = 1 << 62
 _LINE: Final = 64
 
 
@@ -127,6 +140,7 @@ class Cut:
         results: two-step: where results start in a half of the staging area; alltoallv: where sizes do.
         half_bytes: bytes that are used of each half.
         expose_bytes: from so many bytes on, an input in the own segment is not staged.
+        expose_private_bytes: the same, of one in private memory.
     """
 
     algorithm: Algorithm
@@ -136,6 +150,7 @@ class Cut:
     results: int
     half_bytes: int
     expose_bytes: int
+    expose_private_bytes: int
 
 
 def choose(kind: Kind, ranks: int, n_bytes: int) -> Algorithm:
@@ -145,7 +160,10 @@ def choose(kind: Kind, ranks: int, n_bytes: int) -> Algorithm:
     return "mesh"
 
 
-def cut(kind: Kind, ranks: int, n_bytes: int, algorithm: str = "auto", half_bytes: int | None = None) -> Cut:
+def cut(
+    kind: Kind, ranks: int, n_bytes: int, algorithm: str = "auto", half_bytes: int | None = None,
+    reach: int = REACH_NONE,
+) -> Cut:  # fmt: skip
     """Cut a call.
 
     Args:
@@ -154,6 +172,7 @@ def cut(kind: Kind, ranks: int, n_bytes: int, algorithm: str = "auto", half_byte
         n_bytes: size of a part: what a rank has for one rank, or for all; in alltoallv the largest of all.
         algorithm: "auto", "mesh", or for allreduce and broadcast "two-step".
         half_bytes: of each half of the staging area; `stage_bytes` if None.
+        reach: how all others reach private memory of the rank: one of the REACH_ codes.
 
     Raises:
         UsageError: there is no such algorithm for this collective.
@@ -163,7 +182,7 @@ def cut(kind: Kind, ranks: int, n_bytes: int, algorithm: str = "auto", half_byte
     if algorithm == "auto":
         algorithm = choose(kind, ranks, n_bytes)
     if algorithm == "two-step" and kind in TWO_STEP:
-        return _cut_in_two(ranks, n_bytes, half_bytes)
+        return _cut_in_two(ranks, n_bytes, half_bytes, reach)
     if algorithm != "mesh":
         known = ("auto", *ALGORITHMS) if kind in TWO_STEP else ("auto", "mesh")
         raise UsageError(
@@ -173,33 +192,50 @@ def cut(kind: Kind, ranks: int, n_bytes: int, algorithm: str = "auto", half_byte
     places = ranks if flow.parts else 1
     sizes_bytes = aligned_part(8 * ranks) if kind == "alltoallv" else 0
     chunk_bytes = (half_bytes - sizes_bytes) // places // _LINE * _LINE
-    chunk_bytes = min(chunk_bytes, max(_STEP_BYTES // places, _LEAST_PART_BYTES))
+    chunk_bytes = min(chunk_bytes, max(_STEP_BYTES // places // _LINE * _LINE, _LEAST_PART_BYTES))
     if kind != "alltoallv":
         chunk_bytes = min(chunk_bytes, max(aligned_part(n_bytes), _LINE))
     # A single record says the same to all ranks.
     inline = kind != "alltoallv" and n_bytes <= INLINE_BYTES and not (counts and flow.parts)
     steps = 1 if inline else max(1, -(-n_bytes // chunk_bytes))
     used_bytes = 0 if inline else places * chunk_bytes + sizes_bytes
-    expose_bytes = _expose_bytes(kind, ranks, inline=inline)
+    expose = _expose_bytes(kind, ranks, n_bytes, reach, inline=inline)
     chunk_bytes, results = INLINE_BYTES if inline else chunk_bytes, places * chunk_bytes
-    return Cut("mesh", inline, chunk_bytes, steps, results, used_bytes, expose_bytes)
+    return Cut("mesh", inline, chunk_bytes, steps, results, used_bytes, *expose)
 
 
-def _expose_bytes(kind: Kind, ranks: int, *, inline: bool = False) -> int:
-    """From which size of an input on it is worth a step more not to stage it."""
+def _expose_bytes(
+    kind: Kind, ranks: int, n_bytes: int, reach: int, *, inline: bool = False, two_step: bool = False
+) -> tuple[int, int]:
+    """From which size of an input on it is worth a step more not to stage it: of a symmetric, and a private one."""
     if inline or ranks == 1 or (kind == "alltoallv" and counts_arrivals(ranks)):
-        return 1 << 62
-    return _EXPOSE_BYTES * ranks
+        return _NEVER, _NEVER
+    if kind == "gather" and ranks == 2 and n_bytes > _EXPOSE_GATHER_MOST_BYTES:
+        return _NEVER, _NEVER
+    least_bytes = _EXPOSE_AT_ROOT_BYTES.get(kind, _EXPOSE_BYTES) * (ranks - 1)
+    if reach == REACH_DIRECT:
+        return least_bytes, least_bytes
+    # The kernel moves bytes; it does not reduce them, and a slice would be moved twice.
+    moves = reach == REACH_KERNEL and not FLOWS[kind].reduces and not two_step
+    return least_bytes, _expose_by_kernel_bytes(kind, ranks) if moves else _NEVER
 
 
-def _cut_in_two(ranks: int, n_bytes: int, half_bytes: int) -> Cut:
+def _expose_by_kernel_bytes(kind: Kind, ranks: int) -> int:
+    more = int(ranks > 2)
+    if FLOWS[kind].parts:
+        return _EXPOSE_PARTS_BY_KERNEL_BYTES[more] * ranks
+    return _EXPOSE_BY_KERNEL_BYTES[more] if ranks == 2 or (kind == "allgather" and ranks <= 4) else _NEVER
+
+
+def _cut_in_two(ranks: int, n_bytes: int, half_bytes: int, reach: int) -> Cut:
     # A window, and behind it the results of a slice of one.
     window_bytes = (half_bytes - _LINE) * ranks // (ranks + 1) // _LINE * _LINE
     window_bytes = min(window_bytes, max(2 * _STEP_BYTES, ranks * _LEAST_PART_BYTES))
     window_bytes = min(window_bytes, max(aligned_part(n_bytes), _LINE))
     steps = 1 + -(-n_bytes // window_bytes)
     used_bytes = window_bytes + -(-window_bytes // (_LINE * ranks)) * _LINE
-    return Cut("two-step", False, window_bytes, steps, window_bytes, used_bytes, _expose_bytes("allreduce", ranks))
+    expose = _expose_bytes("allreduce", ranks, n_bytes, reach, two_step=True)
+    return Cut("two-step", False, window_bytes, steps, window_bytes, used_bytes, *expose)
 
 
 def part_elements(kind: Kind, size_bytes: int, item_bytes: int, ranks: int) -> int:
@@ -222,6 +258,7 @@ def describe(
     algorithm: str = "auto",
     half_bytes: int | None = None,
     registered: bool = False,
+    reach: int = REACH_NONE,
     lanes: int = 1,
 ) -> Description:
     """The stages of a collective other than alltoallv.
@@ -235,14 +272,15 @@ def describe(
         algorithm: as for `cut`.
         half_bytes: of each half of the staging area; `stage_bytes` if None.
         registered: inputs are symmetric arrays: large ones are read where they lie.
+        reach: how all ranks reach each other's private memory, one of the REACH_ codes: where the others' inputs are.
         lanes: of each rank.
 
     Raises:
         UsageError: there is no such algorithm or root.
     """
     rank_columns(ranks, root)
-    how = cut(kind, ranks, n_bytes, algorithm, half_bytes)
-    exposed = registered and n_bytes * (ranks if FLOWS[kind].parts else 1) >= how.expose_bytes
+    how = cut(kind, ranks, n_bytes, algorithm, half_bytes, reach)
+    exposed = n_bytes * (ranks if FLOWS[kind].parts else 1) >= _least_exposed(how, registered)
     if exposed and how.algorithm == "mesh":
         how = replace(how, chunk_bytes=max(n_bytes, 1), steps=2)
     if how.algorithm == "two-step":
@@ -255,28 +293,47 @@ def describe(
     if flow.to_root:
         used &= destinations == root
     sizes = np.where(used, n_bytes, -1)
-    return _mesh(kind, ranks, sizes.reshape(ranks, ranks), item_bytes, how, lanes, exposed=exposed)
+    return _mesh(kind, ranks, sizes.reshape(ranks, ranks), item_bytes, how, lanes, exposed=np.full(ranks, exposed))
 
 
-def alltoallv(sizes_bytes: npt.ArrayLike, *, half_bytes: int | None = None, lanes: int = 1) -> Description:
+def _least_exposed(how: Cut, registered: bool) -> int:
+    return how.expose_bytes if registered else how.expose_private_bytes
+
+
+def alltoallv(
+    sizes_bytes: npt.ArrayLike, *, half_bytes: int | None = None, registered: bool = False, reach: int = REACH_NONE,
+    lanes: int = 1,
+) -> Description:  # fmt: skip
     """The stages of alltoallv.
 
     Args:
         sizes_bytes: [ranks, ranks] bytes from each rank (row) to each other.
         half_bytes: of each half of the staging area; `stage_bytes` if None.
+        registered: as for `describe`.
+        reach: the same.
         lanes: of each rank.
     """
     sizes: Ints = np.atleast_2d(np.asarray(sizes_bytes, np.int64))
     # Those that stay are not cut.
     away = sizes * (1 - np.eye(len(sizes), dtype=np.int64))
-    how = cut("alltoallv", len(sizes), int(away.max(initial=0)), "mesh", half_bytes)
-    return _mesh("alltoallv", len(sizes), sizes, 1, how, lanes)
+    largest = away.max(axis=1, initial=0)
+    how = cut("alltoallv", len(sizes), int(largest.max()), "mesh", half_bytes, reach)
+    exposed = largest * len(sizes) >= _least_exposed(how, registered)
+    if exposed.any():
+        # If nobody stages anything, all is read in one step.
+        if (exposed | (largest <= INLINE_BYTES)).all():
+            how = replace(how, chunk_bytes=int(largest.max()), steps=1)
+        how = replace(how, steps=how.steps + 1)
+    return _mesh("alltoallv", len(sizes), sizes, 1, how, lanes, exposed=exposed)
 
 
 def _mesh(
-    kind: Kind, ranks: int, sizes: Ints, item_bytes: int, how: Cut, lanes: int, *, exposed: bool = False
+    kind: Kind, ranks: int, sizes: Ints, item_bytes: int, how: Cut, lanes: int, *, exposed: npt.NDArray[np.bool_]
 ) -> Description:
-    """Steps in which each rank reads what all others have staged. `sizes` [source, destination]; -1: nothing to do."""
+    """Steps in which each rank reads what all others have staged. `sizes` [source, destination]; -1: nothing to do.
+
+    Those that are `exposed` do not stage their inputs.
+    """
     flow, counts = FLOWS[kind], counts_arrivals(ranks)
     sources, destinations = all_pairs(ranks)
     n_bytes = np.maximum(sizes, 0).reshape(-1)
@@ -288,7 +345,8 @@ def _mesh(
     by_record, staged = inline & away & (pieces > 0), ~inline & away & (pieces > 0)
     read_mask = staged | (by_record & counts)
 
-    stages = [] if exposed else [_local(ranks, sources, pieces, n_bytes, staged, "parts", once=not flow.parts)]
+    copied = staged & ~exposed[sources]
+    stages = [_local(ranks, sources, pieces, n_bytes, copied, "parts", once=not flow.parts)]
     pushed = [_transfers(sources, destinations, pieces, n_bytes, by_record, "source", "payload")]
     if counts:
         # A record of one's own carries the part for all.
