@@ -278,10 +278,12 @@ def described_calls(case: MoeCase, rounds: list[Round]) -> list[tuple[str, Descr
         if shape.protocol == "push":
             options["in_turn"] = name != before
         if name == "combine":
-            if shape.protocol == "direct":
+            if shape.protocol in ("pull", "direct"):
                 options["in_place"] = shape.rows == "dedup"  # partial sums lie where peers read them
             found.append((name, described.combine(routing, shared_expert=shape.shared, **options)))
         else:
+            if shape.protocol == "pull":
+                options["loopback"] = quant == "int8"
             found.append((name, described.dispatch(routing, quant=quant, cached=call == "repeat", **options)))
         before = name
     return found

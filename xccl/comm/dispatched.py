@@ -57,6 +57,7 @@ def _routing_shape(
         layout.RT_ENTRY_COUNTS: runs,
         layout.RT_ENTRY_FIRST: runs,
         layout.RT_ARRIVING: destinations,
+        layout.RT_AT: tokens * top_k,
         layout.RT_GOT_COUNTS: ranks if dedup else 0,
         layout.RT_GOT_FIRST: ranks if dedup else 0,
     }

@@ -103,10 +103,9 @@ class Direct(MoeProtocol):
             comm, "ExpertParallel", arguments, (fields_bytes, blocks.total_bytes), (fields_bytes, blocks.slots)
         )
         heap = self._reserved.block
-        self._segment_bytes = self._core.fabric.segment_bytes
         self._fields = self._own_segment + self._reserved.fields
         self._slots = Slots(self._core, shape, blocks, heap + blocks.slots)
-        self._outputs = OutputArrays(self._core, shape, blocks, heap + blocks.outputs)
+        self._outputs = OutputArrays(self._core, shape, heap + blocks.outputs, blocks.outputs_bytes)
         # What the caller holds stays as it is when everything else is given back.
         self._core.lent[heap] = partial(any_held, self._slots.raws, self._outputs.raws)
         self._returns_offset = heap + blocks.returns
@@ -199,7 +198,7 @@ class Direct(MoeProtocol):
     ) -> None:
         """See `MoeProtocol.combine`."""
         copied, returns = address_of(expert_out), self._returns_offset
-        if self._lies_here(expert_out, y):
+        if self._can_be_read_in_place(expert_out, y):
             copied, returns = 0, copied - self._own_segment
         else:
             self._returns.grow(expert_out.nbytes)
@@ -220,15 +219,6 @@ class Direct(MoeProtocol):
     def empty_outputs(self, rows: int) -> npt.NDArray[Any] | None:
         """See `MoeProtocol.empty_outputs`: where peers can read it; None if the caller holds all there are."""
         return self._outputs.take(rows)
-
-    def _lies_here(self, expert_out: npt.NDArray[Any], y: npt.NDArray[Any]) -> bool:
-        """May peers read it where it is: whole in the own segment, and not where the result goes?"""
-        address, n_bytes = address_of(expert_out), expert_out.nbytes
-        start = address - self._own_segment
-        if not 0 <= start <= self._segment_bytes - n_bytes or address % expert_out.itemsize:
-            return False
-        result = address_of(y)
-        return result >= address + n_bytes or result + y.nbytes <= address
 
     # -- both -------------------------------------------------------------------------------------------------------
 

@@ -34,21 +34,27 @@ timing.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels import moe_pull as kernels
+from ..kernels import moe_pull as kernels, words
 from ..layout import moe as layout
-from ..layout.moe import EXPERT_FIELD_BYTES, expert_blocks
+from ..layout.moe import EXPERT_FIELD_BYTES, ExpertBlocks, expert_blocks
+from ..layout.moe_direct import OUTPUTS
 from . import traced_moe
 from .buffers import address_of
 from .dispatched import Dispatched, Outputs, Routing
 from .managed import Part, Reservation
 from .moe_protocol import MoeProtocol
 from .moe_shape import MoeShape
+from .slots import OutputArrays, any_held
 from .steps import Steps
+
+#: An object with arrays to lend takes at most one of so many parts of the address space; else it lends none.
+_LARGEST_PART = 4
 
 
 class Pull(MoeProtocol):
@@ -69,10 +75,9 @@ class Pull(MoeProtocol):
     def __init__(self, comm: Any, shape: MoeShape, arguments: dict[str, int]) -> None:
         super().__init__(comm.core, shape)
         ranks = shape.ranks
-        blocks = expert_blocks(
-            ranks=ranks, experts=shape.num_experts, max_tokens=shape.max_tokens, top_k=shape.top_k,
-            row_bytes=shape.row_bytes, return_bytes=shape.return_bytes, dedup=shape.is_dedup,
-        )  # fmt: skip
+        blocks, lent = _blocks_of(shape, OUTPUTS), OUTPUTS
+        if blocks.total_bytes > self._core.fabric.geometry.heap_bytes // _LARGEST_PART:
+            blocks, lent = _blocks_of(shape, 0), 0
         fields_bytes = 2 * ranks * EXPERT_FIELD_BYTES
         self._reserved = Reservation(
             comm, "ExpertParallel", arguments, (fields_bytes, blocks.total_bytes), (fields_bytes, blocks.rows)
@@ -81,7 +86,11 @@ class Pull(MoeProtocol):
         self._combine_fields = self._dispatch_fields + ranks * EXPERT_FIELD_BYTES
         heap = self._reserved.block
         self._rows = Part(self._core, heap + blocks.rows, blocks.returns - blocks.rows)
-        self._returns = Part(self._core, heap + blocks.returns, blocks.total_bytes - blocks.returns)
+        self._returns_offset = heap + blocks.returns
+        self._returns = Part(self._core, self._returns_offset, blocks.outputs - blocks.returns)
+        self._outputs = OutputArrays(self._core, shape, heap + blocks.outputs, blocks.outputs_bytes, lent)
+        # What the caller holds stays as it is when everything else is given back.
+        self._core.lent[heap] = partial(any_held, self._outputs.raws)
         self._state.fill(
             {
                 layout.EP_COUNTS: heap + blocks.counts,
@@ -89,6 +98,7 @@ class Pull(MoeProtocol):
                 layout.EP_SCALES: heap + blocks.scales,
                 layout.EP_ROWS: heap + blocks.rows,
                 layout.EP_RETURNS: heap + blocks.returns,
+                layout.EP_STARTS: heap + blocks.starts,
             }
         )
 
@@ -109,7 +119,7 @@ class Pull(MoeProtocol):
         steps("await-fields")
         self._await(fields, layout.EXF_EVENT, epoch, "dispatch, step 5 (fields of all ranks)")
         steps("pull")
-        result = self._pull(routing, outputs)
+        result = self._pull(x, routing, outputs)
         steps("release")
         kernels.release.call(state, fields, epoch)
         steps.finish(traced_moe.pull_dispatched, self._shape, routing)
@@ -126,7 +136,7 @@ class Pull(MoeProtocol):
             kernels.dispatch_write_entries.call(state, routing.address, address_of(idx), address_of(gates))
         routing.idx = routing.gates = None
 
-    def _pull(self, routing: Routing, outputs: Outputs) -> Dispatched:
+    def _pull(self, x: npt.NDArray[Any], routing: Routing, outputs: Outputs) -> Dispatched:
         state, fields = self.state_address, self._dispatch_fields
         is_new = routing.known is None
         if is_new:
@@ -140,7 +150,7 @@ class Pull(MoeProtocol):
         result = outputs.make(routing, counts if is_new else None)
         has_places = is_new and not self._shape.is_dedup
         kernels.dispatch_pull.call(
-            state, routing.address, fields, address_of(result.tokens),
+            state, routing.address, fields, address_of(x), address_of(result.tokens),
             0 if result.scales is None else address_of(result.scales), address_of(result.source) if has_places else 0,
         )  # fmt: skip
         if is_new and result.index is not None and result.weights is not None:
@@ -160,16 +170,24 @@ class Pull(MoeProtocol):
     ) -> None:
         """See `MoeProtocol.combine`."""
         state, fields = self.state_address, self._combine_fields
-        self._returns.grow(expert_out.nbytes)
+        in_place = self._can_be_read_in_place(expert_out, y)
+        rows, has_starts = self._returns_offset, in_place and not self._shape.is_dedup
+        if in_place:
+            rows = address_of(expert_out) - self._own_segment
+        else:
+            self._returns.grow(expert_out.nbytes)
         epoch = self._combines + 1
         steps.begin(epoch)
         steps("await-pulled")
         self._await(fields, layout.EXF_PULLED, epoch - 1, "combine, step 0 (peers pull the one before)")
         self._combines = epoch
         steps("write")
-        kernels.combine_write.call(state, routing.address, address_of(expert_out))
+        if not in_place:
+            kernels.combine_write.call(state, routing.address, address_of(expert_out))
+        elif has_starts:
+            kernels.combine_write_starts.call(state, routing.address)
         steps("announce")
-        kernels.combine_announce.call(state, routing.address, fields, epoch)
+        kernels.combine_announce.call(state, routing.address, fields, epoch, rows, int(has_starts))
         steps("await-fields")
         self._await(fields, layout.EXF_EVENT, epoch, "combine, step 5 (fields of all ranks)")
         different = kernels.combine_check.call(state, routing.address, fields)
@@ -181,9 +199,25 @@ class Pull(MoeProtocol):
             state, routing.address, fields, 0 if weights is None else address_of(weights),
             0 if shared_out is None else address_of(shared_out), address_of(y),
         )  # fmt: skip
+        with_starts = self._peers_with_starts() if steps.is_watched else []
         steps("release")
         kernels.release.call(state, fields, epoch)
-        steps.finish(traced_moe.pull_combined, self._shape, routing, shared_out is not None)
+        if in_place:
+            steps("await-read")
+            self._await(fields, layout.EXF_PULLED, epoch, "combine, await-read (peers pull from outputs in place)")
+        steps.finish(
+            traced_moe.pull_combined, self._shape, routing, shared_out is not None, in_place=in_place,
+            with_starts=with_starts,
+        )  # fmt: skip
+
+    def empty_outputs(self, rows: int) -> npt.NDArray[Any] | None:
+        """See `MoeProtocol.empty_outputs`: where peers can pull from it; None if the caller holds all there are."""
+        return self._outputs.take(rows)
+
+    def _peers_with_starts(self) -> list[int]:
+        """Peers whose outputs lie in place, by expert, in the combine that is under way."""
+        field = self._own_segment + self._combine_fields + layout.EXF_BLOCK
+        return [p for p in range(self._shape.ranks) if words.load(field + p * EXPERT_FIELD_BYTES) < 0]
 
     def free(self) -> None:
         """See `MoeProtocol.free`."""
@@ -195,3 +229,11 @@ class Pull(MoeProtocol):
     def _tag(self, fields: int, peer: int) -> int:
         """The dispatch to which a peer's announcement says that its rows belong."""
         return int(kernels.epoch_of.call(self._own_segment + fields + peer * EXPERT_FIELD_BYTES + layout.EXF_COUNT))
+
+
+def _blocks_of(shape: MoeShape, lent: int) -> ExpertBlocks:
+    """The parts of the managed block of an object of this shape that lends so many arrays for outputs."""
+    return expert_blocks(
+        ranks=shape.ranks, experts=shape.num_experts, max_tokens=shape.max_tokens, top_k=shape.top_k,
+        row_bytes=shape.row_bytes, return_bytes=shape.return_bytes, dedup=shape.is_dedup, lent=lent,
+    )  # fmt: skip

@@ -13,6 +13,7 @@ from ..layout.moe import (
     EP_SCRATCH,
     EP_SEGMENTS,
     EP_TOP_K,
+    RT_AT,
     RT_ENTRIES,
     RT_ENTRY_COUNTS,
     RT_ENTRY_FIRST,
@@ -282,6 +283,40 @@ def rows_from(routing: int, source: int) -> int:
     for g in range(groups):
         rows += load_i64(counts + 8 * g)
     return rows
+
+
+@device
+def locate_run(routing: int, first: int, end: int, at: int, row_bytes: int) -> None:
+    """Note that rows first to end, as they were sent, lie one behind the other from address `at` on."""
+    places = load_i64(routing + RT_AT)
+    for row in range(first, end):
+        store_i64(places + 8 * row, at)
+        at += row_bytes
+
+
+@device
+def locate_by_expert(state: int, routing: int, peer: int, starts: int, rows: int, row_bytes: int) -> None:
+    """Note where the rows for a peer lie in an array that has them in the order of its result.
+
+    Args:
+        state: address of the ExpertParallel state.
+        routing: address of the routing record; `at` is filled.
+        peer: the rank of the experts.
+        starts: address of int64 [experts of the peer]: where the rows of this rank for each start; [1] if deduplicated.
+        rows: address of that array.
+        row_bytes: bytes of a row.
+    """
+    if load_i64(routing + RT_GOT_COUNTS) != load_i64(routing + RT_ENTRY_COUNTS):
+        sent_rows = load_i64(routing + RT_SENT_ROWS) + 8 * peer
+        locate_run(
+            routing, load_i64(sent_rows), load_i64(sent_rows + 8), rows + load_i64(starts) * row_bytes, row_bytes
+        )
+        return
+    begin = first_expert(state, peer)
+    sent_first = load_i64(routing + RT_SENT_FIRST)
+    for e in range(begin, first_expert(state, peer + 1)):
+        at = rows + load_i64(starts + 8 * (e - begin)) * row_bytes
+        locate_run(routing, load_i64(sent_first + 8 * e), load_i64(sent_first + 8 * (e + 1)), at, row_bytes)
 
 
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
