@@ -278,11 +278,13 @@ def described_calls(case: MoeCase, rounds: list[Round]) -> list[tuple[str, Descr
         if shape.protocol == "push":
             options["in_turn"] = name != before
         if name == "combine":
-            if shape.protocol in ("pull", "direct"):
+            if shape.protocol == "push":
+                options["loopback"] = False
+            else:
                 options["in_place"] = shape.rows == "dedup"  # partial sums lie where peers read them
             found.append((name, described.combine(routing, shared_expert=shape.shared, **options)))
         else:
-            if shape.protocol == "pull":
+            if shape.protocol != "direct":
                 options["loopback"] = quant == "int8"
             found.append((name, described.dispatch(routing, quant=quant, cached=call == "repeat", **options)))
         before = name

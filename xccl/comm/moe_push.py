@@ -3,6 +3,9 @@
 Rules
 - Every rank has a block of packets for each peer, which only that peer writes, and a place for each (token, slot) of
   its own, to which that token's row returns. A message is one row, in a packet that says where it came from.
+- Rows of a rank for its own experts stay where they are, tokens until they are assembled, outputs until they are
+  summed: of a packet to the rank itself only the header is written, and no flag. Quantised tokens go in whole packets,
+  and so do outputs if the result overwrites some of them.
 - Dispatch: a rank writes packets straight into its block at each peer, at places that it computes from its own counts
   alone; then, for each peer, the counts for the peer's experts and, last, a flag with its epoch (SYNC POINT push-flag).
 - Combine: a rank writes each row straight to its place at its origin, and adds 1 to the flag of its token there as soon
@@ -65,7 +68,7 @@ from .buffers import address_of
 from .core import Waiting
 from .dispatched import Dispatched, Outputs, Routing
 from .managed import Part, Reservation
-from .moe_protocol import MoeProtocol
+from .moe_protocol import MoeProtocol, overlap
 from .moe_shape import MoeShape
 from .steps import Steps
 
@@ -103,6 +106,7 @@ class Push(MoeProtocol):
                 needed_bytes=needed_bytes, available_bytes=buffer_bytes,
             )  # fmt: skip
             self._core.agree("ExpertParallel", arguments, failure)
+        self._message_bytes = message
         #: Of a packet in the block of each peer, over all ranks, and of its row on the way back.
         self._place_bytes = ranks * (message + shape.return_bytes)
         #: Packets for which there is room in each block.
@@ -176,12 +180,12 @@ class Push(MoeProtocol):
             "dispatch, await-flags (of all ranks)",
         )  # fmt: skip
         steps("assemble")
-        result = self._assemble(routing, outputs)
+        result = self._assemble(x, routing, outputs)
         self._operations += 1
         self._is_dispatch_in_turn, self._is_combine_in_turn = False, True
         steps.finish(
             traced_moe.push_dispatched, shape, routing, in_turn=in_turn, packet_bytes=self._packet_bytes,
-            counts_bytes=self._counts_bytes,
+            header_bytes=self._packet_bytes - self._message_bytes, counts_bytes=self._counts_bytes,
         )  # fmt: skip
         return result
 
@@ -221,7 +225,7 @@ class Push(MoeProtocol):
             f"{operation}, await-taken (peers read what came before)",
         )  # fmt: skip
 
-    def _assemble(self, routing: Routing, outputs: Outputs) -> Dispatched:
+    def _assemble(self, x: npt.NDArray[Any], routing: Routing, outputs: Outputs) -> Dispatched:
         state, push = self.state_address, self._push_address
         is_new = routing.known is None
         if is_new:
@@ -237,7 +241,7 @@ class Push(MoeProtocol):
         if is_new:
             routing.make_places()
         kernels.dispatch_assemble.call(
-            state, push, routing.address, address_of(result.tokens),
+            state, push, routing.address, address_of(x), address_of(result.tokens),
             0 if result.scales is None else address_of(result.scales), address_of(result.source) if is_new else 0,
         )  # fmt: skip
         if is_new and result.index is not None and result.weights is not None:
@@ -264,16 +268,18 @@ class Push(MoeProtocol):
         if not in_turn:
             self._meet(steps, "combine")
         self._combines = epoch
-        kernels.combine_expect.call(state, push, routing.address)
+        # A sum may only overwrite rows that it does not read.
+        are_kept = not overlap(expert_out, y)
+        kernels.combine_expect.call(state, push, routing.address, self._core.rank if are_kept else -1)
         steps("send")
         kernels.combine_send.call(state, push, routing.address, address_of(expert_out), epoch)
         steps("flag")
-        kernels.combine_ring.call(state, routing.address)
+        kernels.combine_ring.call(state, push, routing.address)
         steps("await-flags")
         self._await_tokens(routing, epoch)
         steps("reduce")
         kernels.combine_reduce.call(
-            state, push, routing.address, 0 if weights is None else address_of(weights),
+            state, push, routing.address, address_of(expert_out), 0 if weights is None else address_of(weights),
             0 if shared_out is None else address_of(shared_out), address_of(y),
         )  # fmt: skip
         self._operations += 1
@@ -282,7 +288,7 @@ class Push(MoeProtocol):
             self._is_dispatch_in_turn = True
         steps.finish(
             traced_moe.push_combined, self._shape, routing, shared_out is not None, in_turn=in_turn,
-            packet_bytes=self._return_packet_bytes,
+            are_kept=are_kept, packet_bytes=self._return_packet_bytes,
         )  # fmt: skip
 
     def _await_tokens(self, routing: Routing, epoch: int) -> None:

@@ -110,14 +110,17 @@ def _handshake(ranks: int) -> list[Entry]:
 
 
 def push_dispatched(
-    shape: MoeShape, routing: Routing, *, in_turn: bool, packet_bytes: int, counts_bytes: int
+    shape: MoeShape, routing: Routing, *, in_turn: bool, packet_bytes: int, header_bytes: int, counts_bytes: int
 ) -> list[Entry]:
     """A dispatch: packets to each peer, and what was assembled of those that came."""
     rank, is_new, peers = shape.rank, routing.known is None, range(shape.ranks)
     found = [] if in_turn else _meeting(peers)
     found += _quantised("send", shape, routing)
     for peer, n in enumerate(_sent(shape, routing).tolist()):
-        found += _moved("send", peer, "packets", n, n * packet_bytes)
+        if peer == rank and not shape.is_int8:
+            found += _moved("send", peer, "headers", n, n * header_bytes)
+        else:
+            found += _moved("send", peer, "packets", n, n * packet_bytes)
     if is_new:
         found += signals("notify", "counts", peers, counts_bytes)
     found += signals("notify", "flag", peers, FIELD_BYTES)
@@ -137,17 +140,21 @@ def push_dispatched(
 
 
 def push_combined(
-    shape: MoeShape, routing: Routing, has_shared: bool, *, in_turn: bool, packet_bytes: int
+    shape: MoeShape, routing: Routing, has_shared: bool, *, in_turn: bool, are_kept: bool, packet_bytes: int
 ) -> list[Entry]:
-    """A combine: a packet and a flag for each row that had come, and the sum of those that came back."""
+    """A combine: a packet and a flag for each row that had come, and the sum of those that came back.
+
+    Of the own rows there are neither, if they were kept.
+    """
+    kept = shape.rank if are_kept else -1
     found = [] if in_turn else _meeting(range(shape.ranks))
     for peer, n in enumerate(_received(shape, routing)[0].tolist()):
-        found += _moved("send", peer, "packets", n, n * packet_bytes)
-        if n:
+        if n and peer != kept:
+            found += _moved("send", peer, "packets", n, n * packet_bytes)
             found.append(Entry("flag", "signal", "flag", peer, _NO_LANE, n, n * _WORD_BYTES))
     sent = _sent(shape, routing)
     for peer, n in enumerate(sent.tolist()):
-        if n:
+        if n and peer != kept:
             found.append(Entry("await-flags", "wait", "flag", peer, _NO_LANE, n, 0))
     summed = int(sent.sum())
     n_bytes = (summed + routing.tokens * (1 + has_shared)) * shape.return_bytes

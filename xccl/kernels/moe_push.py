@@ -18,6 +18,7 @@ from ..layout.moe import (
     EP_ROW_BYTES,
     EP_SCRATCH,
     EP_TOP_K,
+    RT_AT,
     RT_ENTRY_FIRST,
     RT_EPOCH,
     RT_GOT_COUNTS,
@@ -52,6 +53,7 @@ from ..layout.moe_push import (
     PU_FIELDS,
     PU_FLAGS,
     PU_HEADER_BYTES,
+    PU_KEPT,
     PU_PACKET_BYTES,
     PU_PACKETS,
     PU_RETURN_PACKET_BYTES,
@@ -86,6 +88,7 @@ from .moe import (
     first_row_of,
     lay_out,
     local_experts,
+    locate_by_expert,
     rows_from,
     segment,
     take_counts,
@@ -170,6 +173,8 @@ def _write_entries(
 def dispatch_send(state: int, push: int, routing: int, x: int, topk_idx: int, weights: int) -> None:
     """Send: each token, quantised once if asked, in packets straight into the blocks of its peers.
 
+    Of packets for the own experts, unless they are quantised, only the header is written.
+
     Args:
         state: see above.
         push: see above.
@@ -208,7 +213,7 @@ def dispatch_send(state: int, push: int, routing: int, x: int, topk_idx: int, we
                 scale = quantise_row(load_i64(state + EP_DTYPE), source, hidden, destination)
                 source = destination
                 quantised = True
-            else:
+            elif quant != 0 or peer != rank:
                 copy_bytes(destination, source, row_bytes)
             if quant != 0:
                 store_f32(packet + load_i64(push + PU_SCALE), scale)
@@ -270,14 +275,15 @@ def dispatch_check(state: int, push: int, routing: int) -> int:
     return OK
 
 
-@kernel("void(int64, int64, int64, int64, int64, int64)")
-def dispatch_assemble(state: int, push: int, routing: int, tokens: int, scales: int, source: int) -> None:
+@kernel("void(int64, int64, int64, int64, int64, int64, int64)")
+def dispatch_assemble(state: int, push: int, routing: int, x: int, tokens: int, scales: int, source: int) -> None:
     """Assemble: rows from the blocks of all peers, each run in turn, and where each came from.
 
     Args:
         state: see above.
         push: see above.
         routing: see above; `places` of the routing are filled.
+        x: address of [tokens, hidden], from where the own rows come unless they are quantised.
         tokens: address of the output rows.
         scales: address of float32 [rows]; used with INT8 only.
         source: address of int32 [rows][3]: rank, token, slot; 0 if that and the places are known.
@@ -294,7 +300,10 @@ def dispatch_assemble(state: int, push: int, routing: int, tokens: int, scales: 
         for g in range(groups):
             first = load_i64(got_first + 8 * (s * groups + g))
             for row in range(first, first + load_i64(got_counts + 8 * (s * groups + g))):
-                copy_bytes(tokens + row * row_bytes, packet + header_bytes, row_bytes)
+                payload = packet + header_bytes
+                if s == rank and quant == 0:
+                    payload = x + load_i32(packet + PK_TOKEN) * row_bytes
+                copy_bytes(tokens + row * row_bytes, payload, row_bytes)
                 if quant != 0:
                     store_f32(scales + 4 * row, load_f32(packet + load_i64(push + PU_SCALE)))
                 if source != 0:
@@ -364,6 +373,8 @@ def combine_send(state: int, push: int, routing: int, expert_out: int, combine: 
     store_release(status + PS_COMBINE, combine)
     for i in range(1, ranks + 1):
         s = (rank + i) % ranks
+        if s == load_i64(push + PU_KEPT):
+            continue
         for g in range(groups):
             first = load_i64(got_first + 8 * (s * groups + g))
             for row in range(first, first + load_i64(got_counts + 8 * (s * groups + g))):
@@ -378,25 +389,32 @@ def combine_send(state: int, push: int, routing: int, expert_out: int, combine: 
                 fetch_add(_flag(state, push, s, token), 1)
 
 
-@kernel("void(int64, int64)")
-def combine_ring(state: int, routing: int) -> None:
+@kernel("void(int64, int64, int64)")
+def combine_ring(state: int, push: int, routing: int) -> None:
     """Flag, the end of it: wake the origins of all rows, once each."""
     rank, ranks = load_i64(state + EP_RANK), load_i64(state + EP_RANKS)
     for i in range(1, ranks + 1):
         s = (rank + i) % ranks
-        if rows_from(routing, s) > 0:
+        if s != load_i64(push + PU_KEPT) and rows_from(routing, s) > 0:
             ring(segment(state, s) + CONTROL_OFFSET)
 
 
-@kernel("void(int64, int64, int64)")
-def combine_expect(state: int, push: int, routing: int) -> None:
-    """What the flags of the own tokens are to reach: as many rows more as each token has sent."""
+@device
+def _is_awaited(push: int, row: int) -> bool:
+    """Does a packet come back for this element of `row_of`?"""
+    return row >= 0 and row >> ROW_BITS != load_i64(push + PU_KEPT)
+
+
+@kernel("void(int64, int64, int64, int64)")
+def combine_expect(state: int, push: int, routing: int, kept: int) -> None:
+    """What the flags of the own tokens are to reach: as many rows more as come back for each; notes `kept`."""
+    store_i64(push + PU_KEPT, kept)
     top_k = load_i64(state + EP_TOP_K)
     row_of, targets = load_i64(routing + RT_ROW_OF), load_i64(push + PU_TARGETS)
     for t in range(load_i64(routing + RT_TOKENS)):
         rows = 0
         for k in range(top_k):
-            if load_i64(row_of + 8 * (t * top_k + k)) >= 0:
+            if _is_awaited(push, load_i64(row_of + 8 * (t * top_k + k))):
                 rows += 1
         store_i64(targets + 8 * t, load_i64(targets + 8 * t) + rows)
 
@@ -437,7 +455,7 @@ def first_missing(state: int, push: int, routing: int, combine: int, begin: int,
     for t in range(begin, end):
         for k in range(top_k):
             i = t * top_k + k
-            if load_i64(row_of + 8 * i) < 0:
+            if not _is_awaited(push, load_i64(row_of + 8 * i)):
                 continue
             packet = _place(state, push, rank, t, k)
             if load_acquire(packet + RP_COMBINE) != combine or load_i64(packet + RP_DISPATCH) != epoch:
@@ -445,30 +463,37 @@ def first_missing(state: int, push: int, routing: int, combine: int, begin: int,
     return -1
 
 
-@kernel("void(int64, int64, int64, int64, int64, int64)")
-def combine_reduce(state: int, push: int, routing: int, weights: int, shared: int, y: int) -> None:
+@kernel("void(int64, int64, int64, int64, int64, int64, int64)")
+def combine_reduce(state: int, push: int, routing: int, expert_out: int, weights: int, shared: int, y: int) -> None:
     """Reduce: sum the rows of each token in slot order, and the output of a shared expert after them.
 
     Args:
         state: see above.
         push: see above.
         routing: see above.
+        expert_out: address of the own outputs [rows, hidden], from where the own rows come if they were kept.
         weights: address of float32 [tokens, top_k]; 0 for weights of 1.
         shared: address of [tokens, hidden] to be added last; 0 for none.
         y: address of the output [tokens, hidden].
     """
     rank, top_k = load_i64(state + EP_RANK), load_i64(state + EP_TOP_K)
     row_bytes = load_i64(state + EP_RETURN_BYTES)
-    row_of = load_i64(routing + RT_ROW_OF)
+    row_of, at = load_i64(routing + RT_ROW_OF), load_i64(routing + RT_AT)
+    starts = load_i64(routing + RT_GOT_FIRST) + 8 * rank * load_i64(routing + RT_GROUPS)
+    locate_by_expert(state, routing, rank, starts, expert_out, row_bytes)
     addresses = load_i64(state + EP_SCRATCH)
     gates = addresses + 8 * (top_k + 1)
     for t in range(load_i64(routing + RT_TOKENS)):
         n = 0
         for k in range(top_k):
             i = t * top_k + k
-            if load_i64(row_of + 8 * i) < 0:
+            row = load_i64(row_of + 8 * i)
+            if row < 0:
                 continue
-            store_i64(addresses + 8 * n, _place(state, push, rank, t, k) + RETURN_HEADER_BYTES)
+            if _is_awaited(push, row):
+                store_i64(addresses + 8 * n, _place(state, push, rank, t, k) + RETURN_HEADER_BYTES)
+            else:
+                store_i64(addresses + 8 * n, load_i64(at + 8 * (row & ROW_MASK)))
             store_f32(gates + 4 * n, 1.0 if weights == 0 else load_f32(weights + 4 * i))
             n += 1
         if shared != 0:
