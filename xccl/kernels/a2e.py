@@ -56,7 +56,7 @@ from .wait import OK
 @kernel("void(int64, int64, int64, int64)")
 def attention_write(state: int, routing: int, x: int, firsts: int) -> None:
     """A2E, write: the tokens' rows into the own managed area, and the table of the experts' first rows."""
-    write_rows(state, routing, x, 1, -1)
+    write_rows(state, routing, x, 1, -1, False)
     sent_first = load_i64(routing + RT_SENT_FIRST)
     for e in range(load_i64(state + EP_EXPERTS) + 1):
         store_i32(firsts + 4 * e, load_i64(sent_first + 8 * e))

@@ -51,11 +51,13 @@ from ..layout.moe import (
 from ..layout.segment import CONTROL_OFFSET
 from ._jit import device, kernel
 from .atomics import load_f32, load_i32, load_i64, store_f32, store_i32, store_i64, store_release
-from .copy import copy_bytes, copy_bytes_auto
+from .copy import copy_bytes
 from .fields import tagged
 from .moe import (
     ROW_BITS,
     ROW_MASK,
+    are_streamed,
+    copy_rows,
     first_expert,
     first_row_of,
     lay_out,
@@ -65,6 +67,7 @@ from .moe import (
     rows_from,
     segment,
     take_counts,
+    take_own_rows,
     tell_all,
 )
 from .quantise import quantise_row
@@ -85,10 +88,10 @@ def _field_at(state: int, fields: int, peer: int) -> int:
 
 
 @device
-def write_rows(state: int, routing: int, x: int, has_places: int, skipped: int) -> None:
+def write_rows(state: int, routing: int, x: int, has_places: int, skipped: int, streamed: bool) -> None:
     """Each token, quantised once if asked, into its rows in the own managed area, with scales, and places if asked.
 
-    Of the rows for rank `skipped` nothing but places is written.
+    Of the rows for rank `skipped` nothing but places is written; the others go past the caches if asked.
     """
     own = segment(state, load_i64(state + EP_RANK))
     top_k = load_i64(state + EP_TOP_K)
@@ -117,7 +120,7 @@ def write_rows(state: int, routing: int, x: int, has_places: int, skipped: int) 
                 source = destination
                 quantised = True
             elif not is_skipped:
-                copy_bytes(destination, source, row_bytes)
+                copy_rows(destination, source, row_bytes, streamed)
             if quant != 0:
                 store_f32(scales + 4 * row, scale)
             if has_places != 0:
@@ -131,7 +134,10 @@ def dispatch_write(state: int, routing: int, x: int, has_places: int) -> None:
 
     Rows for the own experts stay where they are until step 7, unless they are quantised.
     """
-    write_rows(state, routing, x, has_places, load_i64(state + EP_RANK) if load_i64(state + EP_QUANT) == 0 else -1)
+    sent = load_i64(load_i64(routing + RT_SENT_ROWS) + 8 * load_i64(state + EP_RANKS))
+    streamed = are_streamed(state, sent, load_i64(state + EP_ROW_BYTES))
+    skipped = load_i64(state + EP_RANK) if load_i64(state + EP_QUANT) == 0 else -1
+    write_rows(state, routing, x, has_places, skipped, streamed)
 
 
 @kernel("void(int64, int64)")
@@ -237,21 +243,6 @@ def dispatch_check(state: int, routing: int, fields: int) -> int:
     return OK
 
 
-@device
-def _take_own_rows(state: int, routing: int, x: int, tokens: int) -> None:
-    """Rows for the own experts straight from the tokens to the output."""
-    rank, top_k = load_i64(state + EP_RANK), load_i64(state + EP_TOP_K)
-    row_bytes = load_i64(state + EP_ROW_BYTES)
-    row_of, at = load_i64(routing + RT_ROW_OF), load_i64(routing + RT_AT)
-    starts = load_i64(routing + RT_GOT_FIRST) + 8 * rank * load_i64(routing + RT_GROUPS)
-    locate_by_expert(state, routing, rank, starts, tokens, row_bytes)
-    for t in range(load_i64(routing + RT_TOKENS)):
-        for k in range(top_k):
-            row = load_i64(row_of + 8 * (t * top_k + k))
-            if row >= 0 and row >> ROW_BITS == rank:
-                copy_bytes(load_i64(at + 8 * (row & ROW_MASK)), x + t * row_bytes, row_bytes)
-
-
 @kernel("void(int64, int64, int64, int64, int64, int64, int64)")
 def dispatch_pull(state: int, routing: int, fields: int, x: int, tokens: int, scales: int, source: int) -> None:
     """Steps 6 and 7: pull the rows from each peer's managed area, each run at once.
@@ -272,11 +263,12 @@ def dispatch_pull(state: int, routing: int, fields: int, x: int, tokens: int, sc
     got_counts = load_i64(routing + RT_GOT_COUNTS)
     got_first = load_i64(routing + RT_GOT_FIRST)
     rank = load_i64(state + EP_RANK)
+    streamed = are_streamed(state, load_i64(routing + RT_ROWS), row_bytes)
     for i in range(1, ranks + 1):
         s = (rank + i) % ranks
         are_pulled = s != rank or quant != 0
         if not are_pulled:
-            _take_own_rows(state, routing, x, tokens)
+            take_own_rows(state, routing, x, tokens, streamed)
         peer = segment(state, s)
         row = load_i64(_field_from(state, fields, s) + EXF_BLOCK)
         for g in range(groups):
@@ -286,7 +278,7 @@ def dispatch_pull(state: int, routing: int, fields: int, x: int, tokens: int, sc
             first = load_i64(got_first + 8 * (s * groups + g))
             rows = peer + load_i64(state + EP_ROWS) + row * row_bytes
             if are_pulled:
-                copy_bytes_auto(tokens + first * row_bytes, rows, count * row_bytes)
+                copy_rows(tokens + first * row_bytes, rows, count * row_bytes, streamed)
             if quant != 0:
                 copy_bytes(scales + 4 * first, peer + load_i64(state + EP_SCALES) + 4 * row, 4 * count)
             if source != 0:
@@ -360,10 +352,11 @@ def combine_write(state: int, routing: int, expert_out: int) -> None:
     row_bytes = load_i64(state + EP_RETURN_BYTES)
     got_counts = load_i64(routing + RT_GOT_COUNTS)
     got_first = load_i64(routing + RT_GOT_FIRST)
+    streamed = are_streamed(state, load_i64(routing + RT_ROWS), row_bytes)
     at = own + load_i64(state + EP_RETURNS)
     for i in range(load_i64(state + EP_RANKS) * load_i64(routing + RT_GROUPS)):
         n_bytes = load_i64(got_counts + 8 * i) * row_bytes
-        copy_bytes_auto(at, expert_out + load_i64(got_first + 8 * i) * row_bytes, n_bytes)
+        copy_rows(at, expert_out + load_i64(got_first + 8 * i) * row_bytes, n_bytes, streamed)
         at += n_bytes
 
 
