@@ -3,6 +3,12 @@
 Rules
 - Everything a rank writes for others lies in its OWN managed area; peers pull it. Into peers' segments go only 32-byte
   fields.
+- Rows of a rank for its own experts go from the tokens to the output in step 7, without the managed area, unless they are
+  quantised.
+- Outputs of experts that lie in the own segment (in memory that `empty_outputs` lends, or in a symmetric array) are not
+  written again: the field says where they are, and peers pull from there. They are in the order of dispatched rows, so
+  that a peer's rows are a run for each expert; where the runs start is in the managed area, and the field says so.
+  Deduplicated, a peer has one run. Ranks may differ in that: each goes by the fields.
 - An operation has an epoch, the same at all ranks. Rank P announces operation e to rank R by a field in R's metadata
   area: where P's block for R starts, how many rows it has, and, last, e (SYNC POINT expert-field).
 - When R has pulled all it wanted of operation e it writes e to `pulled` in the field it owns at every peer (SYNC POINT
@@ -18,13 +24,17 @@ Steps of both (the numbers are the paper's):
   6-7. pull: rows go from the peers' managed areas to the output. combine sums a token's rows on the way, in slot order,
        in float32.
   8. release: `pulled` at each peer.
+  9. await-read, of a combine whose outputs lie in place: until `pulled` of all peers is this epoch.
 
 Theory of operation: no operation overwrites what a slow peer still reads. Claim: while R may read P's area or its own
 field from P for operation e, P writes neither for a later one. P writes the area for e + 1, and then announces e + 1,
 only after step 0 of e + 1, that is after it acquired pulled >= e from R. R released that value in its step 8 of e,
 after its last read of P's area and of the field in steps 5 to 7. So each of R's reads for e happens before each of P's
 writes for e + 1. The word `pulled` itself has one writer and only grows, and so has the epoch. R can be at most one
-operation behind P: P's step 5 of e + 1 needs R's announcement of e + 1. Dispatch and combine do not interact, since
+operation behind P: P's step 5 of e + 1 needs R's announcement of e + 1. The places of outputs in the managed area are
+part of the claim. Outputs themselves are the caller's, who may write there when combine returns: that is after step 9,
+when P has acquired pulled >= e from all, so after their last reads. Nobody waits for a rank in step 9, so it makes no
+cycle: all have released before they wait. The own rows of a dispatch are read before it returns, too. Dispatch and combine do not interact, since
 nothing is shared between their areas, fields and epochs; any mix of calls in the same order at all ranks is safe, with
 a rank delayed at any step (tests/multirank/test_moe_delays.py does that).
 

@@ -30,6 +30,7 @@ begins one when it has ended the one before. P, Q and R are any ranks.
   In turn: of dispatch e - 1, let P have sent R some packets. P has ended a combine of e - 1 since, for which it needed
   the rows that R returned, which R did after it had ended dispatch e - 1. If P sent R none, R reads none. Of dispatches
   before e - 1 the same was known, or follows from a round, when P wrote in e - 1. After a round R has read everything.
+- Own rows. Tokens are read by their rank before dispatch returns, outputs before combine does; nobody else sees them.
 - Returned rows. Q writes at P in combine c. P reads there in combines before c. In turn: a dispatch d came between
   combine c - 1 and c. Q has ended d, so it has acquired P's flag of d, which P released after it had ended combine
   c - 1. After a round P has ended it, too. Hence P's flags of tokens are also complete for c - 1 when Q adds for c, and
