@@ -117,12 +117,22 @@ class Round:
         return d
 
     def combine(
-        self, rank: int, ep: xccl.ExpertParallel, d: xccl.Dispatched, what: str = "", out: Array | None = None
+        self,
+        rank: int,
+        ep: xccl.ExpertParallel,
+        d: xccl.Dispatched,
+        what: str = "",
+        out: Array | None = None,
+        *,
+        lent: bool = False,
     ) -> Array:
-        """Run and check the combine at one rank."""
+        """Run and check the combine at one rank, of outputs in memory that the object has lent if asked."""
         returned, weights = self.outs[rank], self.weights[rank]
         shared = None if self.shared is None else self.shared[rank]
         if self.partials is None:
+            if lent:
+                returned = ep.empty_outputs(d)
+                returned[...] = self.outs[rank]
             y = ep.combine(returned, d, weights, shared_out=shared, out=out)
         else:
             partial = ep.reduce_local(returned, d)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import xccl
-from tests.multirank.support import Round, Shape, launch
+from tests.multirank.support import Round, Shape, assert_same, launch
 
 RANKS = 3
 #: A hundred times what an operation of this size takes.
@@ -65,15 +65,19 @@ class Sleeper:
         self._at = (operation, step) if rank == self._rank else None
 
 
-def steps_of(protocol: str, operation: str, out_of_turn: str | None) -> tuple[str, ...]:
+def steps_of(protocol: str, operation: str, out_of_turn: str | None, kind: Any) -> tuple[str, ...]:
     """The steps of an operation, if the one of that name comes out of turn."""
-    return (ROUND if (protocol, operation) == ("push", out_of_turn) else ()) + STEPS[protocol, operation]
+    before = ROUND if (protocol, operation) == ("push", out_of_turn) else ()
+    after = ("await-read",) if (protocol, operation, kind) == ("pull", "combine", in_place) else ()
+    return before + STEPS[protocol, operation] + after
 
 
-def delays(protocol: str, operations: tuple[str, ...], out_of_turn: str | None) -> Iterator[tuple[int, str, str]]:
+def delays(
+    protocol: str, operations: tuple[str, ...], out_of_turn: str | None, kind: Any
+) -> Iterator[tuple[int, str, str]]:
     """Every rank at every step."""
     for operation in operations:
-        for step in steps_of(protocol, operation, out_of_turn):
+        for step in steps_of(protocol, operation, out_of_turn, kind):
             for rank in range(RANKS):
                 yield rank, operation, step
 
@@ -98,6 +102,13 @@ def in_turn(comm: xccl.Communicator, ep: xccl.ExpertParallel) -> Callable[[int, 
     return lambda i, r, what: r.run(comm.rank, ep, what)
 
 
+def in_place(comm: xccl.Communicator, ep: xccl.ExpertParallel) -> Callable[[int, Round, str], None]:
+    """Dispatch and combine, of outputs that lie where peers read them, at some of the ranks."""
+    return lambda i, r, what: assert_same(
+        r.combine(comm.rank, ep, r.dispatch(comm.rank, ep, what), what, lent=comm.rank != i % 5), r.ys[comm.rank]
+    )
+
+
 def mixed(comm: xccl.Communicator, ep: xccl.ExpertParallel) -> Callable[[int, Round, str], None]:
     """Two dispatches for each combine, and the combine is that of the dispatch before."""
 
@@ -116,9 +127,10 @@ def mixed(comm: xccl.Communicator, ep: xccl.ExpertParallel) -> Callable[[int, Ro
         (dispatch_only, ("dispatch",), "dispatch"),
         (combine_only, ("combine",), "combine"),
         (in_turn, ("dispatch", "combine"), None),
+        (in_place, ("dispatch", "combine"), None),
         (mixed, ("dispatch", "combine"), "dispatch"),
     ],
-    ids=["dispatch_only", "combine_only", "in_turn", "mixed"],
+    ids=["dispatch_only", "combine_only", "in_turn", "in_place", "mixed"],
 )
 def test_a_slow_rank_reads_what_was_meant_for_it(
     fabric: str, protocol: str, kind: Any, slow_in: tuple[str, ...], out_of_turn: str | None
@@ -129,7 +141,7 @@ def test_a_slow_rank_reads_what_was_meant_for_it(
         sleeper = Sleeper(comm.rank)
         ep.on_step = sleeper
         i = 0
-        for rank, operation, step in delays(protocol, slow_in, out_of_turn):
+        for rank, operation, step in delays(protocol, slow_in, out_of_turn, kind):
             # Slow in the middle of operations that go on before and after.
             for n in range(BACK_TO_BACK):
                 if n == 1:
@@ -141,7 +153,9 @@ def test_a_slow_rank_reads_what_was_meant_for_it(
                 i += 1
         return set(sleeper.seen)
 
-    every_step = {(operation, step) for operation in slow_in for step in steps_of(protocol, operation, out_of_turn)}
+    every_step = {
+        (operation, step) for operation in slow_in for step in steps_of(protocol, operation, out_of_turn, kind)
+    }
     for seen in launch(main, RANKS, fabric):
         assert seen >= every_step, "a step was renamed, and its delay never happened"
         if out_of_turn is None:

@@ -35,11 +35,11 @@ class Session:
         def main(comm: xccl.Communicator) -> None:
             ep = self.shape.expert_parallel(comm)
             under_way: list[tuple[Round, xccl.Dispatched]] = []
-            for r in rounds:
+            for number, r in enumerate(rounds):
                 under_way.append((r, r.dispatch(comm.rank, ep)))
                 if len(under_way) >= self.depth:
                     first, d = under_way.pop(0)
-                    first.combine(comm.rank, ep, d)
+                    first.combine(comm.rank, ep, d, lent=bool((number + comm.rank) % 2))
             for r, d in under_way:
                 r.combine(comm.rank, ep, d)
 

@@ -231,7 +231,8 @@ class MoeCase:
         tokens: of each rank in each round.
         seed: of the data.
         hot: choose few experts only.
-        calls: "dispatch", "repeat" (of the last dispatch) or "combine" (of the last dispatch), one after the other.
+        calls: "dispatch", "repeat" (of the last dispatch), "combine" (of the last dispatch), or "lent" (a combine of
+            outputs in memory that the object has lent), one after the other.
     """
 
     shape: Shape
@@ -258,7 +259,7 @@ def moe_cases(draw: st.DrawFn) -> MoeCase:
     )
     tokens = st.lists(st.integers(0, shape.max_tokens), min_size=ranks, max_size=ranks)
     rounds = draw(st.lists(tokens, min_size=1, max_size=3))
-    calls = draw(st.lists(st.sampled_from(["dispatch", "combine", "repeat"]), max_size=6))
+    calls = draw(st.lists(st.sampled_from(["dispatch", "combine", "lent", "repeat"]), max_size=6))
     return MoeCase(shape, rounds, draw(st.integers(0, 1 << 30)), draw(st.booleans()), ["dispatch", *calls])
 
 
@@ -273,15 +274,19 @@ def described_calls(case: MoeCase, rounds: list[Round]) -> list[tuple[str, Descr
     for call in case.calls:
         number += call == "dispatch"
         routing = RoutingCounts.from_topk(rounds[number % len(rounds)].topk_idxs, shape.num_experts)
-        name = "combine" if call == "combine" else "dispatch"
+        name = "combine" if call in ("combine", "lent") else "dispatch"
         options: dict[str, Any] = dict(common)
         if shape.protocol == "push":
             options["in_turn"] = name != before
         if name == "combine":
-            if shape.protocol == "direct":
-                options["in_place"] = shape.rows == "dedup"  # partial sums lie where peers read them
+            if shape.protocol == "push":
+                options["loopback"] = False
+            else:
+                options["in_place"] = call == "lent" or shape.rows == "dedup"  # partial sums are lent, too
             found.append((name, described.combine(routing, shared_expert=shape.shared, **options)))
         else:
+            if shape.protocol != "direct":
+                options["loopback"] = quant == "int8"
             found.append((name, described.dispatch(routing, quant=quant, cached=call == "repeat", **options)))
         before = name
     return found
@@ -291,6 +296,7 @@ def described_calls(case: MoeCase, rounds: list[Round]) -> list[tuple[str, Descr
 @example(
     case=MoeCase(Shape(num_experts=3, quant="int8"), [[0, 0, 0], [5, 0, 16]], 0, False, ["dispatch", "combine"] * 2)
 )
+@example(case=MoeCase(Shape(num_experts=3), [[0, 0, 0], [5, 0, 16]], 0, False, ["dispatch", "lent"] * 2))
 @example(case=MoeCase(Shape(num_experts=1, dtype=BF16), [[7]], 1, True, ["dispatch", "combine"]))
 @example(
     case=MoeCase(Shape(num_experts=5, protocol="direct", rows="dedup"), [[7, 0, 3]], 1, True, ["dispatch", "repeat"])
@@ -315,7 +321,7 @@ def test_dispatch_and_combine(fabric: str, case: MoeCase) -> None:
                     d = ep.dispatch(each.xs[comm.rank], handle=d)
                     each.check_dispatched(comm.rank, d)
                 else:
-                    each.combine(comm.rank, ep, d)
+                    each.combine(comm.rank, ep, d, lent=call == "lent")
         return recorder
 
     expected = described_calls(case, rounds)

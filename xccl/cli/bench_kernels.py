@@ -16,7 +16,7 @@ _POINT_TO_POINT: Final = frozenset({"calls", "driver", "zerocopy"})
 #: Of each protocol of dispatch and combine.
 _PROTOCOLS: Final = {
     "pull": frozenset({"moe_pull"}),
-    "push": frozenset({"moe_push"}),
+    "push": frozenset({"moe_push", "moe_push_combine"}),
     "direct": frozenset({"moe_direct", "expert_calls"}),
 }
 _EXPERTS: Final = frozenset({"moe", "quantise", "reduce", "rows"}).union(*_PROTOCOLS.values())

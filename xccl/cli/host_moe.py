@@ -27,7 +27,8 @@ def describe(operation: str, hidden: int, quant: str, tokens: int, *, experts: i
     choices = [_choices(rank, tokens, experts, top_k) for rank in range(_RANKS)]
     routing = RoutingCounts.from_topk(choices, experts)
     if operation == "dispatch":
-        return moe.dispatch(routing, hidden=hidden, quant="int8" if quant == "int8" else "none")
+        is_int8 = quant == "int8"
+        return moe.dispatch(routing, hidden=hidden, quant="int8" if is_int8 else "none", loopback=is_int8)
     return moe.combine(routing, hidden=hidden)
 
 

@@ -50,7 +50,10 @@ class RoutingShape(NamedTuple):
 def routing_shape(
     tokens: int, top_k: int, experts: int, local_experts: int, ranks: int, destinations: int, dedup: bool
 ) -> RoutingShape:
-    """What routing records of these dimensions are like; see `Routing`. What depends on tokens comes last."""
+    """What routing records of these dimensions are like; see `Routing`. What depends on tokens comes last.
+
+    The direct protocol has no use for RT_AT, and allocates nothing behind RT_ROW_OF.
+    """
     runs = ranks * local_experts
     sizes = {
         layout.RT_SENT_FIRST: experts + 1,
@@ -62,6 +65,7 @@ def routing_shape(
         layout.RT_GOT_FIRST: ranks if dedup else 0,
         layout.RT_COUNTS: local_experts,
         layout.RT_ROW_OF: tokens * top_k,
+        layout.RT_AT: tokens * top_k,
     }
     head, is_address = np.zeros(_HEAD_WORDS, np.int64), np.zeros(_HEAD_WORDS, np.int64)
     words = _HEAD_WORDS

@@ -259,9 +259,9 @@ class ExpertParallel:
 
         Args:
             expert_out: [n, hidden] in the dtype of this object, in the order of `dispatched.tokens`. With deduplicated
-                rows these are sums over the local experts of each row; see `reduce_local`. The direct protocol copies
-                them, unless they lie in this rank's segment: in `dispatched.tokens`, in `empty_outputs`, or in a
-                symmetric array.
+                rows these are sums over the local experts of each row; see `reduce_local`. The protocols direct and
+                pull copy them, unless they lie in this rank's segment: in `empty_outputs`, in a symmetric array, or
+                (direct) in `dispatched.tokens`.
             dispatched: what the dispatch returned; all ranks pass the one of the same dispatch.
             topk_weights: float [tokens, top_k]; used as float32. None with deduplicated rows.
             shared_out: [tokens, hidden] in the dtype of this object, the output of a shared expert on this rank, added
@@ -321,7 +321,8 @@ class ExpertParallel:
 
         Returns:
             An uninitialised array [n, hidden] in the dtype of this object, the caller's for as long as it keeps it. By
-            the direct protocol the first two that are held at once lie where peers read them in place.
+            the protocols direct and pull the first two that are held at once lie where peers read them in place, by
+            pull if the object then takes at most a quarter of the managed area's address space.
 
         Raises:
             UsageError: `dispatched` belongs to another object.

@@ -108,10 +108,9 @@ class Direct(MoeProtocol):
             comm, "ExpertParallel", arguments, (fields_bytes, blocks.total_bytes), (fields_bytes, blocks.slots)
         )
         heap = self._reserved.block
-        self._segment_bytes = self._core.fabric.segment_bytes
         self._fields = self._own_segment + self._reserved.fields
         self._slots = Slots(self._core, shape, blocks, heap + blocks.slots)
-        self._outputs = OutputArrays(self._core, shape, blocks, heap + blocks.outputs)
+        self._outputs = OutputArrays(self._core, shape, heap + blocks.outputs, blocks.outputs_bytes)
         # What the caller holds stays as it is when everything else is given back.
         self._core.lent[heap] = partial(any_held, self._slots.raws, self._outputs.raws)
         self._returns_offset = heap + blocks.returns
@@ -318,15 +317,10 @@ class Direct(MoeProtocol):
         return self._outputs.take(rows)
 
     def _place_of(self, expert_out: npt.NDArray[Any], y: npt.NDArray[Any]) -> tuple[int, int]:
-        """Where outputs are copied from (0 if they are not), and the offset in the own segment where peers read them.
-
-        They are read where they are if that is whole in the own segment, and not where the result goes.
-        """
-        address, n_bytes = address_of(expert_out), expert_out.nbytes
-        start, result = address - self._own_segment, address_of(y)
-        is_here = 0 <= start <= self._segment_bytes - n_bytes and not address % expert_out.itemsize
-        if is_here and (result >= address + n_bytes or result + y.nbytes <= address):
-            return 0, start
+        """Where outputs are copied from, 0 if they are not, and the offset in the own segment where peers read them."""
+        address = address_of(expert_out)
+        if self._can_be_read_in_place(expert_out, y):
+            return 0, address - self._own_segment
         return address, self._returns_offset
 
     # -- both -------------------------------------------------------------------------------------------------------

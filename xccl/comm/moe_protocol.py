@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from .moe import ExpertParallel
 
 
+def overlap(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> bool:
+    """Do two C-contiguous arrays have memory in common?"""
+    first, second = address_of(a), address_of(b)
+    return first < second + b.nbytes and second < first + a.nbytes
+
+
 class MoeProtocol(ABC):
     """One way to dispatch and combine. An object of it belongs to one ExpertParallel object, which checks arguments.
 
@@ -45,6 +51,7 @@ class MoeProtocol(ABC):
         self._core = core
         self._shape = shape
         self._own_segment = int(core.fabric.segments[core.rank])
+        self._segment_bytes = core.fabric.segment_bytes
         self._state = KernelState(core, shape)
         self.state_address = self._state.address
         self._dispatches = 0
@@ -117,6 +124,13 @@ class MoeProtocol(ABC):
     @abstractmethod
     def free(self) -> None:
         """Give all memory back; collective."""
+
+    def _can_be_read_in_place(self, expert_out: npt.NDArray[Any], y: npt.NDArray[Any]) -> bool:
+        """May peers read it where it is: whole in the own segment, and not where the result goes?"""
+        address, n_bytes = address_of(expert_out), expert_out.nbytes
+        if not 0 <= address - self._own_segment <= self._segment_bytes - n_bytes or address % expert_out.itemsize:
+            return False
+        return not overlap(expert_out, y)
 
     def _bad_source(self, routing: Routing, peer: int, tag: int) -> Exception:
         """The error for a peer whose announcement does not fit, `tag` being the dispatch by whose routing it sends."""

@@ -3,6 +3,12 @@
 Rules
 - Everything a rank writes for others lies in its OWN managed area; peers pull it. Into peers' segments go only 32-byte
   fields.
+- Rows of a rank for its own experts go from the tokens to the output in step 7, without the managed area, unless they
+  are quantised.
+- Outputs of experts that lie in the own segment (in memory that `empty_outputs` lends, or in a symmetric array) are not
+  written again: the field says where they are, and peers pull from there. They are in the order of dispatched rows, so
+  that a peer's rows are a run for each expert; where the runs start is in the managed area, and the field says so.
+  Deduplicated, a peer has one run. Ranks may differ in that: each goes by the fields.
 - An operation has an epoch, the same at all ranks. Rank P announces operation e to rank R by a field in R's metadata
   area: where P's block for R starts, how many rows it has, and, last, e (SYNC POINT expert-field).
 - When R has pulled all it wanted of operation e it writes e to `pulled` in the field it owns at every peer (SYNC POINT
@@ -18,15 +24,19 @@ Steps of both (the numbers are the paper's):
   6-7. pull: rows go from the peers' managed areas to the output. combine sums a token's rows on the way, in slot order,
        in float32.
   8. release: `pulled` at each peer.
+  9. await-read, of a combine whose outputs lie in place: until `pulled` of all peers is this epoch.
 
 Theory of operation: no operation overwrites what a slow peer still reads. Claim: while R may read P's area or its own
 field from P for operation e, P writes neither for a later one. P writes the area for e + 1, and then announces e + 1,
 only after step 0 of e + 1, that is after it acquired pulled >= e from R. R released that value in its step 8 of e,
 after its last read of P's area and of the field in steps 5 to 7. So each of R's reads for e happens before each of P's
 writes for e + 1. The word `pulled` itself has one writer and only grows, and so has the epoch. R can be at most one
-operation behind P: P's step 5 of e + 1 needs R's announcement of e + 1. Dispatch and combine do not interact, since
-nothing is shared between their areas, fields and epochs; any mix of calls in the same order at all ranks is safe, with
-a rank delayed at any step (tests/multirank/test_moe_delays.py does that).
+operation behind P: P's step 5 of e + 1 needs R's announcement of e + 1. The places of outputs in the managed area are
+part of the claim. Outputs themselves are the caller's, who may write there when combine returns: that is after step 9,
+when P has acquired pulled >= e from all, so after their last reads. Nobody waits for a rank in step 9, so it makes no
+cycle: all have released before they wait. The own rows of a dispatch are read before it returns, too. Dispatch and
+combine do not interact, since nothing is shared between their areas, fields and epochs; any mix of calls in the same
+order at all ranks is safe, with a rank delayed at any step (tests/multirank/test_moe_delays.py does that).
 
 The operands of combine are read where they lie, in an order fixed by the routing, so the result does not depend on
 timing.
@@ -34,21 +44,27 @@ timing.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels import moe_pull as kernels
+from ..kernels import moe_pull as kernels, words
 from ..layout import moe as layout
-from ..layout.moe import EXPERT_FIELD_BYTES, expert_blocks
+from ..layout.moe import EXPERT_FIELD_BYTES, ExpertBlocks, expert_blocks
+from ..layout.moe_direct import OUTPUTS
 from . import traced_moe
 from .buffers import address_of
 from .dispatched import Dispatched, Outputs, Routing
 from .managed import Part, Reservation
 from .moe_protocol import MoeProtocol
 from .moe_shape import MoeShape
+from .slots import OutputArrays, any_held
 from .steps import Steps
+
+#: An object with arrays to lend takes at most one of so many parts of the address space; else it lends none.
+_LARGEST_PART = 4
 
 
 class Pull(MoeProtocol):
@@ -69,10 +85,9 @@ class Pull(MoeProtocol):
     def __init__(self, comm: Any, shape: MoeShape, arguments: dict[str, int]) -> None:
         super().__init__(comm.core, shape)
         ranks = shape.ranks
-        blocks = expert_blocks(
-            ranks=ranks, experts=shape.num_experts, max_tokens=shape.max_tokens, top_k=shape.top_k,
-            row_bytes=shape.row_bytes, return_bytes=shape.return_bytes, dedup=shape.is_dedup,
-        )  # fmt: skip
+        blocks, lent = _blocks_of(shape, OUTPUTS), OUTPUTS
+        if blocks.total_bytes > self._core.fabric.geometry.heap_bytes // _LARGEST_PART:
+            blocks, lent = _blocks_of(shape, 0), 0
         fields_bytes = 2 * ranks * EXPERT_FIELD_BYTES
         self._reserved = Reservation(
             comm, "ExpertParallel", arguments, (fields_bytes, blocks.total_bytes), (fields_bytes, blocks.rows)
@@ -81,7 +96,11 @@ class Pull(MoeProtocol):
         self._combine_fields = self._dispatch_fields + ranks * EXPERT_FIELD_BYTES
         heap = self._reserved.block
         self._rows = Part(self._core, heap + blocks.rows, blocks.returns - blocks.rows)
-        self._returns = Part(self._core, heap + blocks.returns, blocks.total_bytes - blocks.returns)
+        self._returns_offset = heap + blocks.returns
+        self._returns = Part(self._core, self._returns_offset, blocks.outputs - blocks.returns)
+        self._outputs = OutputArrays(self._core, shape, heap + blocks.outputs, blocks.outputs_bytes, lent)
+        # What the caller holds stays as it is when everything else is given back.
+        self._core.lent[heap] = partial(any_held, self._outputs.raws)
         self._state.fill(
             {
                 layout.EP_COUNTS: heap + blocks.counts,
@@ -89,6 +108,7 @@ class Pull(MoeProtocol):
                 layout.EP_SCALES: heap + blocks.scales,
                 layout.EP_ROWS: heap + blocks.rows,
                 layout.EP_RETURNS: heap + blocks.returns,
+                layout.EP_STARTS: heap + blocks.starts,
             }
         )
 
@@ -109,7 +129,7 @@ class Pull(MoeProtocol):
         steps("await-fields")
         self._await(fields, layout.EXF_EVENT, epoch, "dispatch, step 5 (fields of all ranks)")
         steps("pull")
-        result = self._pull(routing, outputs)
+        result = self._pull(x, routing, outputs)
         steps("release")
         kernels.release.call(state, fields, epoch)
         steps.finish(traced_moe.pull_dispatched, self._shape, routing)
@@ -126,7 +146,7 @@ class Pull(MoeProtocol):
             kernels.dispatch_write_entries.call(state, routing.address, address_of(idx), address_of(gates))
         routing.idx = routing.gates = None
 
-    def _pull(self, routing: Routing, outputs: Outputs) -> Dispatched:
+    def _pull(self, x: npt.NDArray[Any], routing: Routing, outputs: Outputs) -> Dispatched:
         state, fields = self.state_address, self._dispatch_fields
         is_new = routing.known is None
         if is_new:
@@ -140,7 +160,7 @@ class Pull(MoeProtocol):
         result = outputs.make(routing, counts if is_new else None)
         has_places = is_new and not self._shape.is_dedup
         kernels.dispatch_pull.call(
-            state, routing.address, fields, address_of(result.tokens),
+            state, routing.address, fields, address_of(x), address_of(result.tokens),
             0 if result.scales is None else address_of(result.scales), address_of(result.source) if has_places else 0,
         )  # fmt: skip
         if is_new and result.index is not None and result.weights is not None:
@@ -160,16 +180,24 @@ class Pull(MoeProtocol):
     ) -> None:
         """See `MoeProtocol.combine`."""
         state, fields = self.state_address, self._combine_fields
-        self._returns.grow(expert_out.nbytes)
+        in_place = self._can_be_read_in_place(expert_out, y)
+        rows, has_starts = self._returns_offset, in_place and not self._shape.is_dedup
+        if in_place:
+            rows = address_of(expert_out) - self._own_segment
+        else:
+            self._returns.grow(expert_out.nbytes)
         epoch = self._combines + 1
         steps.begin(epoch)
         steps("await-pulled")
         self._await(fields, layout.EXF_PULLED, epoch - 1, "combine, step 0 (peers pull the one before)")
         self._combines = epoch
         steps("write")
-        kernels.combine_write.call(state, routing.address, address_of(expert_out))
+        if not in_place:
+            kernels.combine_write.call(state, routing.address, address_of(expert_out))
+        elif has_starts:
+            kernels.combine_write_starts.call(state, routing.address)
         steps("announce")
-        kernels.combine_announce.call(state, routing.address, fields, epoch)
+        kernels.combine_announce.call(state, routing.address, fields, epoch, rows, int(has_starts))
         steps("await-fields")
         self._await(fields, layout.EXF_EVENT, epoch, "combine, step 5 (fields of all ranks)")
         different = kernels.combine_check.call(state, routing.address, fields)
@@ -181,9 +209,25 @@ class Pull(MoeProtocol):
             state, routing.address, fields, 0 if weights is None else address_of(weights),
             0 if shared_out is None else address_of(shared_out), address_of(y),
         )  # fmt: skip
+        with_starts = self._peers_with_starts() if steps.is_watched else []
         steps("release")
         kernels.release.call(state, fields, epoch)
-        steps.finish(traced_moe.pull_combined, self._shape, routing, shared_out is not None)
+        if in_place:
+            steps("await-read")
+            self._await(fields, layout.EXF_PULLED, epoch, "combine, await-read (peers pull from outputs in place)")
+        steps.finish(
+            traced_moe.pull_combined, self._shape, routing, shared_out is not None, in_place=in_place,
+            with_starts=with_starts,
+        )  # fmt: skip
+
+    def empty_outputs(self, rows: int) -> npt.NDArray[Any] | None:
+        """See `MoeProtocol.empty_outputs`: where peers can pull from it; None if the caller holds all there are."""
+        return self._outputs.take(rows)
+
+    def _peers_with_starts(self) -> list[int]:
+        """Peers whose outputs lie in place, by expert, in the combine that is under way."""
+        field = self._own_segment + self._combine_fields + layout.EXF_BLOCK
+        return [p for p in range(self._shape.ranks) if words.load(field + p * EXPERT_FIELD_BYTES) < 0]
 
     def free(self) -> None:
         """See `MoeProtocol.free`."""
@@ -195,3 +239,11 @@ class Pull(MoeProtocol):
     def _tag(self, fields: int, peer: int) -> int:
         """The dispatch to which a peer's announcement says that its rows belong."""
         return int(kernels.epoch_of.call(self._own_segment + fields + peer * EXPERT_FIELD_BYTES + layout.EXF_COUNT))
+
+
+def _blocks_of(shape: MoeShape, lent: int) -> ExpertBlocks:
+    """The parts of the managed block of an object of this shape that lends so many arrays for outputs."""
+    return expert_blocks(
+        ranks=shape.ranks, experts=shape.num_experts, max_tokens=shape.max_tokens, top_k=shape.top_k,
+        row_bytes=shape.row_bytes, return_bytes=shape.return_bytes, dedup=shape.is_dedup, lent=lent,
+    )  # fmt: skip

@@ -3,6 +3,9 @@
 Rules
 - Every rank has a block of packets for each peer, which only that peer writes, and a place for each (token, slot) of
   its own, to which that token's row returns. A message is one row, in a packet that says where it came from.
+- Rows of a rank for its own experts stay where they are, tokens until they are assembled, outputs until they are
+  summed: of a packet to the rank itself only the header is written, and no flag. Quantised tokens go in whole packets,
+  and so do outputs if the result overwrites some of them.
 - Dispatch: a rank writes packets straight into its block at each peer, at places that it computes from its own counts
   alone; then, for each peer, the counts for the peer's experts and, last, a flag with its epoch (SYNC POINT push-flag).
 - Combine: a rank writes each row straight to its place at its origin, and adds 1 to the flag of its token there as soon
@@ -27,6 +30,7 @@ begins one when it has ended the one before. P, Q and R are any ranks.
   In turn: of dispatch e - 1, let P have sent R some packets. P has ended a combine of e - 1 since, for which it needed
   the rows that R returned, which R did after it had ended dispatch e - 1. If P sent R none, R reads none. Of dispatches
   before e - 1 the same was known, or follows from a round, when P wrote in e - 1. After a round R has read everything.
+- Own rows. Tokens are read by their rank before dispatch returns, outputs before combine does; nobody else sees them.
 - Returned rows. Q writes at P in combine c. P reads there in combines before c. In turn: a dispatch d came between
   combine c - 1 and c. Q has ended d, so it has acquired P's flag of d, which P released after it had ended combine
   c - 1. After a round P has ended it, too. Hence P's flags of tokens are also complete for c - 1 when Q adds for c, and
@@ -52,7 +56,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CapacityError
-from ..kernels import moe_push as kernels, wait, words
+from ..kernels import moe_push as kernels, moe_push_combine as combine_kernels, wait, words
 from ..kernels.moe import ROW_BITS
 from ..layout import moe_push as layout
 from ..layout.moe import COUNT_BITS, RT_ROW_OF, RT_SENT_ROWS
@@ -65,7 +69,8 @@ from .buffers import address_of
 from .core import Waiting
 from .dispatched import Dispatched, Outputs, Routing
 from .managed import Part, Reservation
-from .moe_protocol import MoeProtocol
+from .moe_input import bad_choice
+from .moe_protocol import MoeProtocol, overlap
 from .moe_shape import MoeShape
 from .steps import Steps
 
@@ -103,6 +108,7 @@ class Push(MoeProtocol):
                 needed_bytes=needed_bytes, available_bytes=buffer_bytes,
             )  # fmt: skip
             self._core.agree("ExpertParallel", arguments, failure)
+        self._message_bytes = message
         #: Of a packet in the block of each peer, over all ranks, and of its row on the way back.
         self._place_bytes = ranks * (message + shape.return_bytes)
         #: Packets for which there is room in each block.
@@ -123,8 +129,8 @@ class Push(MoeProtocol):
         self._counts_bytes = at.counts_bytes
         self._packets = heap
         self._returns = Part(self._core, heap + packets_bytes, returns_bytes)
-        #: By peer: how much of this rank's block there is backed by memory.
-        self._backed_bytes = np.zeros(ranks, np.int64)
+        #: By peer: packets for which this rank's block there is backed by memory.
+        self._backed = np.zeros(ranks, np.int64)
         self._targets = np.zeros(shape.max_tokens, np.int64)
         self._cursor = np.zeros(1, np.int64)
         self._push = np.zeros(layout.PUSH.size_bytes // 8, np.int64)
@@ -143,6 +149,8 @@ class Push(MoeProtocol):
             layout.PU_RETURNS: heap + packets_bytes,
             layout.PU_RETURN_PACKET_BYTES: self._return_packet_bytes,
             layout.PU_TARGETS: address_of(self._targets),
+            layout.PU_BACKED: address_of(self._backed),
+            layout.PU_KEPT: -1,
         }.items():
             self._push[offset // 8] = value
         #: Operations that have ended, and what makes the next one come in turn.
@@ -155,8 +163,16 @@ class Push(MoeProtocol):
     def dispatch(self, steps: Steps, x: npt.NDArray[Any], routing: Routing, outputs: Outputs) -> Dispatched:
         """See `MoeProtocol.dispatch`."""
         state, push, shape = self.state_address, self._push_address, self._shape
-        self._route(routing)
-        self._back(routing)
+        idx = routing.idx
+        status = kernels.dispatch_route.call(
+            state, push, routing.address, 0 if idx is None else address_of(idx), int(shape.is_dedup)
+        )
+        if status < 0:
+            assert idx is not None
+            raise bad_choice(idx, -1 - status, shape.num_experts)
+        if status == kernels.BACK:
+            self._back(routing)
+        self._returns.grow(routing.tokens * shape.top_k * self._return_packet_bytes)
         epoch, in_turn = self._dispatches + 1, self._is_dispatch_in_turn
         steps.begin(epoch)
         if not in_turn:
@@ -164,8 +180,8 @@ class Push(MoeProtocol):
         self._dispatches = routing.epoch = epoch
         steps("send")
         idx_address = weights_address = 0
-        if routing.idx is not None and routing.gates is not None:
-            idx_address, weights_address = address_of(routing.idx), address_of(routing.gates)
+        if idx is not None and routing.gates is not None:
+            idx_address, weights_address = address_of(idx), address_of(routing.gates)
         kernels.dispatch_send.call(state, push, routing.address, address_of(x), idx_address, weights_address)
         routing.idx = routing.gates = None
         steps("notify")
@@ -176,17 +192,17 @@ class Push(MoeProtocol):
             "dispatch, await-flags (of all ranks)",
         )  # fmt: skip
         steps("assemble")
-        result = self._assemble(routing, outputs)
+        result = self._assemble(x, routing, outputs)
         self._operations += 1
         self._is_dispatch_in_turn, self._is_combine_in_turn = False, True
         steps.finish(
             traced_moe.push_dispatched, shape, routing, in_turn=in_turn, packet_bytes=self._packet_bytes,
-            counts_bytes=self._counts_bytes,
+            header_bytes=self._packet_bytes - self._message_bytes, counts_bytes=self._counts_bytes,
         )  # fmt: skip
         return result
 
     def _back(self, routing: Routing) -> None:
-        """Back the own blocks at all peers for what is to be sent, and the own places for what returns.
+        """Back the own blocks at all peers for what is to be sent.
 
         Raises:
             CapacityError: a block is too small, or there is no memory.
@@ -201,15 +217,13 @@ class Push(MoeProtocol):
                 needed_bytes=needed_bytes, available_bytes=self._places * self._place_bytes,
                 value=most, bound=self._places,
             )  # fmt: skip
-        needed = rows * self._packet_bytes
         fabric, rank = self._core.fabric, self._core.rank
-        for peer in np.flatnonzero(needed > self._backed_bytes).tolist():
-            n_bytes = int(needed[peer])
+        for peer in np.flatnonzero(rows > self._backed).tolist():
+            n_bytes = int(rows[peer]) * self._packet_bytes
             # A quarter more, so that a routing that changes a little does not come here again and again.
             n_bytes = min(align_up(n_bytes + n_bytes // 4, PAGE_BYTES), self._block_bytes)
             fabric.commit(peer, self._packets + rank * self._block_bytes, n_bytes)
-            self._backed_bytes[peer] = n_bytes
-        self._returns.grow(routing.tokens * self._shape.top_k * self._return_packet_bytes)
+            self._backed[peer] = n_bytes // self._packet_bytes
 
     def _meet(self, steps: Steps, operation: str) -> None:
         """The round before an operation that comes out of turn."""
@@ -221,23 +235,20 @@ class Push(MoeProtocol):
             f"{operation}, await-taken (peers read what came before)",
         )  # fmt: skip
 
-    def _assemble(self, routing: Routing, outputs: Outputs) -> Dispatched:
+    def _assemble(self, x: npt.NDArray[Any], routing: Routing, outputs: Outputs) -> Dispatched:
         state, push = self.state_address, self._push_address
         is_new = routing.known is None
-        if is_new:
-            counts = np.empty(self._shape.local_experts, np.int64)
-            status = kernels.dispatch_plan.call(state, push, routing.address, address_of(counts))
-        else:
-            status = kernels.dispatch_check.call(state, push, routing.address)
+        counts = np.empty(self._shape.local_experts, np.int64) if is_new else None
+        status = kernels.dispatch_plan.call(state, push, routing.address, 0 if counts is None else address_of(counts))
         if status < 0:
             peer = -1 - status
             word = self._fields + peer * FIELD_BYTES + layout.PF_COUNT + 8 * (routing.epoch & 1)
             raise self._bad_source(routing, peer, words.load(self._own_segment + word) >> COUNT_BITS)
-        result = outputs.make(routing, counts if is_new else None)
+        result = outputs.make(routing, counts)
         if is_new:
             routing.make_places()
         kernels.dispatch_assemble.call(
-            state, push, routing.address, address_of(result.tokens),
+            state, push, routing.address, address_of(x), address_of(result.tokens),
             0 if result.scales is None else address_of(result.scales), address_of(result.source) if is_new else 0,
         )  # fmt: skip
         if is_new and result.index is not None and result.weights is not None:
@@ -264,60 +275,67 @@ class Push(MoeProtocol):
         if not in_turn:
             self._meet(steps, "combine")
         self._combines = epoch
-        kernels.combine_expect.call(state, push, routing.address)
+        # A sum may only overwrite rows that it does not read.
+        are_kept = not overlap(expert_out, y)
         steps("send")
-        kernels.combine_send.call(state, push, routing.address, address_of(expert_out), epoch)
+        combine_kernels.combine_send.call(
+            state, push, routing.address, address_of(expert_out), epoch, self._core.rank if are_kept else -1
+        )
         steps("flag")
-        kernels.combine_ring.call(state, routing.address)
+        combine_kernels.combine_ring.call(state, push, routing.address)
         steps("await-flags")
         self._await_tokens(routing, epoch)
         steps("reduce")
-        kernels.combine_reduce.call(
-            state, push, routing.address, 0 if weights is None else address_of(weights),
+        missing = combine_kernels.combine_reduce.call(
+            state, push, routing.address, epoch, address_of(expert_out), 0 if weights is None else address_of(weights),
             0 if shared_out is None else address_of(shared_out), address_of(y),
         )  # fmt: skip
+        if missing >= 0:  # flags are complete, but somebody else's rows have raised them
+            peer = self._owner(routing, missing)
+            self._require_same_dispatch(routing, epoch, peer)
+            raise self._other_dispatch(routing, peer, routing.epoch)
         self._operations += 1
         self._is_combine_in_turn = False
         if routing.epoch == self._dispatches:
             self._is_dispatch_in_turn = True
         steps.finish(
             traced_moe.push_combined, self._shape, routing, shared_out is not None, in_turn=in_turn,
-            packet_bytes=self._return_packet_bytes,
+            are_kept=are_kept, packet_bytes=self._return_packet_bytes,
         )  # fmt: skip
 
     def _await_tokens(self, routing: Routing, epoch: int) -> None:
-        """Wait for the rows of all own tokens, and see that they are those of this combine."""
+        """Wait for the rows of all own tokens; where they do not come, see that peers make the same combine."""
         cursor, targets = self._cursor, address_of(self._targets)
         flags = self._own_segment + self._flags
         cursor[0] = 0
 
         def step(until_ns: int) -> int:
-            status = kernels.wait_tokens.call(
+            status = combine_kernels.wait_tokens.call(
                 self._core.control, flags, targets, routing.tokens, address_of(cursor), until_ns
             )
             if status == wait.SLICE:
-                token = int(cursor[0])
-                peer = self._missing_peer(routing, epoch, token, token + 1)
+                peer = self._missing_peer(routing, epoch, int(cursor[0]))
                 if peer is not None:
                     self._require_same_dispatch(routing, epoch, peer)
             return int(status)
 
         def describe() -> Waiting:
             token = min(int(cursor[0]), routing.tokens - 1)
-            peer = self._missing_peer(routing, epoch, token, token + 1)
+            peer = self._missing_peer(routing, epoch, token)
             seen = int(words.load(flags + token * HOT_LINE_BYTES))
             return Waiting(f"combine, await-flags (token {token})", epoch, peer, int(self._targets[token]), seen)
 
         self._core.run(step, describe)
-        peer = self._missing_peer(routing, epoch, 0, routing.tokens)
-        if peer is not None:  # flags are complete, but somebody else's rows have raised them
-            self._require_same_dispatch(routing, epoch, peer)
-            raise self._other_dispatch(routing, peer, routing.epoch)
 
-    def _missing_peer(self, routing: Routing, epoch: int, begin: int, end: int) -> int | None:
-        """A rank whose row for one of some tokens is not there; None if all are."""
-        i = kernels.first_missing.call(self.state_address, self._push_address, routing.address, epoch, begin, end)
-        return None if i < 0 else int(routing.part(RT_ROW_OF, i + 1)[i]) >> ROW_BITS
+    def _missing_peer(self, routing: Routing, epoch: int, token: int) -> int | None:
+        """A rank whose row for a token is not there; None if all are."""
+        i = combine_kernels.first_missing.call(self.state_address, self._push_address, routing.address, epoch, token)
+        return None if i < 0 else self._owner(routing, i)
+
+    @staticmethod
+    def _owner(routing: Routing, i: int) -> int:
+        """The rank of the expert of (token, slot) number i."""
+        return int(routing.part(RT_ROW_OF, i + 1)[i]) >> ROW_BITS
 
     def _require_same_dispatch(self, routing: Routing, epoch: int, peer: int) -> None:
         """Raise EventMismatch if a peer combines another dispatch; looks at what it says of itself.

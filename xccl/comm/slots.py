@@ -98,18 +98,19 @@ class OutputArrays:
     Args:
         core: of this rank.
         shape: of the ExpertParallel object.
-        blocks: says how far they are apart.
         start: offset of the first in every segment.
+        size_bytes: of each.
+        count: how many there are.
 
     Attributes:
         raws: all bytes of each; see `Slots`.
     """
 
-    def __init__(self, core: Core, shape: MoeShape, blocks: DirectBlocks, start: int) -> None:
+    def __init__(self, core: Core, shape: MoeShape, start: int, size_bytes: int, count: int = OUTPUTS) -> None:
         self._shape = shape
-        offsets = [start + i * blocks.outputs_bytes for i in range(OUTPUTS)]
-        self.raws = [core.fabric.view(core.rank, offset, blocks.outputs_bytes) for offset in offsets]
-        self._parts = [Part(core, offset, blocks.outputs_bytes) for offset in offsets]
+        offsets = [start + i * size_bytes for i in range(count)]
+        self.raws = [core.fabric.view(core.rank, offset, size_bytes) for offset in offsets]
+        self._parts = [Part(core, offset, size_bytes) for offset in offsets]
 
     def take(self, rows: int) -> npt.NDArray[Any] | None:
         """An uninitialised array [rows, hidden] in one to which nobody refers; None if there is none."""

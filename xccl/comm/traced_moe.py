@@ -33,9 +33,10 @@ def pull_dispatched(shape: MoeShape, routing: Routing) -> list[Entry]:
     """A dispatch: what was written for peers, and what came from each of them."""
     rank, is_new, sent = shape.rank, routing.known is None, routing.sent
     entries_sent = int(routing.part(layout.RT_SENT_FIRST, shape.num_experts + 1)[-1])
+    written = sent if shape.is_int8 else sent - int(_sent(shape, routing)[rank])
     found = [
         *_quantised("write", shape, routing),
-        *_moved("write", rank, "rows", sent, sent * shape.row_bytes),
+        *_moved("write", rank, "rows", written, written * shape.row_bytes),
     ]
     if shape.is_int8:
         found += _moved("write", rank, "scales", min(sent, 1), sent * _FLOAT32_BYTES)
@@ -57,17 +58,36 @@ def pull_dispatched(shape: MoeShape, routing: Routing) -> list[Entry]:
     return found + _handshake(shape.ranks)
 
 
-def pull_combined(shape: MoeShape, routing: Routing, has_shared: bool) -> list[Entry]:
-    """A combine: what came is returned, and what was sent is pulled back."""
-    rows, sent = _received(shape, routing)[0], _sent(shape, routing)
-    found = _moved("write", shape.rank, "rows", int(rows.sum()), int(rows.sum()) * shape.return_bytes)
+def pull_combined(
+    shape: MoeShape, routing: Routing, has_shared: bool, *, in_place: bool, with_starts: list[int]
+) -> list[Entry]:
+    """A combine: what came is returned, unless it lies where peers read it, and what was sent is pulled back.
+
+    Args:
+        shape: of the ExpertParallel object.
+        routing: of the dispatch.
+        has_shared: was an output of a shared expert added?
+        in_place: was nothing copied at this rank?
+        with_starts: the peers that have told where runs of rows start.
+    """
+    ranks, rows, sent = shape.ranks, routing.rows, _sent(shape, routing)
+    if not in_place:
+        found = _moved("write", shape.rank, "rows", rows, rows * shape.return_bytes)
+    else:
+        starts = 0 if shape.is_dedup else shape.local_experts * ranks
+        found = _moved("write", shape.rank, "starts", min(starts, 1), starts * _WORD_BYTES)
     for peer, n in enumerate(sent.tolist()):
         found += _moved("pull", peer, "rows", n, n * shape.return_bytes)
+        if n and peer in with_starts:
+            first, end = (layout.first_expert(r, shape.num_experts, ranks) for r in (peer, peer + 1))
+            found += _moved("pull", peer, "starts", 1, (end - first) * _WORD_BYTES)
     # Rows come in by the transfers of this stage; an output of a shared expert is read besides.
     n_bytes = routing.tokens * shape.return_bytes * (1 + has_shared)
     n_bytes += 0 if shape.is_dedup else int(sent.sum()) * _FLOAT32_BYTES
     found += _worked("pull", shape, "reduce", routing.tokens, n_bytes)
-    return found + _handshake(shape.ranks)
+    if in_place:
+        found += waits("await-read", "pulled", range(ranks))
+    return found + _handshake(ranks)
 
 
 def _places(shape: MoeShape, stage: str, peer: int, units: int, entries: int) -> list[Entry]:
@@ -90,14 +110,17 @@ def _handshake(ranks: int) -> list[Entry]:
 
 
 def push_dispatched(
-    shape: MoeShape, routing: Routing, *, in_turn: bool, packet_bytes: int, counts_bytes: int
+    shape: MoeShape, routing: Routing, *, in_turn: bool, packet_bytes: int, header_bytes: int, counts_bytes: int
 ) -> list[Entry]:
     """A dispatch: packets to each peer, and what was assembled of those that came."""
     rank, is_new, peers = shape.rank, routing.known is None, range(shape.ranks)
     found = [] if in_turn else _meeting(peers)
     found += _quantised("send", shape, routing)
     for peer, n in enumerate(_sent(shape, routing).tolist()):
-        found += _moved("send", peer, "packets", n, n * packet_bytes)
+        if peer == rank and not shape.is_int8:
+            found += _moved("send", peer, "headers", n, n * header_bytes)
+        else:
+            found += _moved("send", peer, "packets", n, n * packet_bytes)
     if is_new:
         found += signals("notify", "counts", peers, counts_bytes)
     found += signals("notify", "flag", peers, FIELD_BYTES)
@@ -117,17 +140,21 @@ def push_dispatched(
 
 
 def push_combined(
-    shape: MoeShape, routing: Routing, has_shared: bool, *, in_turn: bool, packet_bytes: int
+    shape: MoeShape, routing: Routing, has_shared: bool, *, in_turn: bool, are_kept: bool, packet_bytes: int
 ) -> list[Entry]:
-    """A combine: a packet and a flag for each row that had come, and the sum of those that came back."""
+    """A combine: a packet and a flag for each row that had come, and the sum of those that came back.
+
+    Of the own rows there are neither, if they were kept.
+    """
+    kept = shape.rank if are_kept else -1
     found = [] if in_turn else _meeting(range(shape.ranks))
     for peer, n in enumerate(_received(shape, routing)[0].tolist()):
-        found += _moved("send", peer, "packets", n, n * packet_bytes)
-        if n:
+        if n and peer != kept:
+            found += _moved("send", peer, "packets", n, n * packet_bytes)
             found.append(Entry("flag", "signal", "flag", peer, _NO_LANE, n, n * _WORD_BYTES))
     sent = _sent(shape, routing)
     for peer, n in enumerate(sent.tolist()):
-        if n:
+        if n and peer != kept:
             found.append(Entry("await-flags", "wait", "flag", peer, _NO_LANE, n, 0))
     summed = int(sent.sum())
     n_bytes = (summed + routing.tokens * (1 + has_shared)) * shape.return_bytes

@@ -34,8 +34,8 @@ from ..layout.moe import (
     EP_RETURN_BYTES,
     EP_SCRATCH,
     EP_TOP_K,
+    EXF_BLOCK,
     EXF_COUNT,
-    EXF_FIRST_ROW,
     RT_EPOCH,
     RT_ROW_OF,
     RT_SENT_FIRST,
@@ -56,7 +56,7 @@ from .wait import OK
 @kernel("void(int64, int64, int64, int64)")
 def attention_write(state: int, routing: int, x: int, firsts: int) -> None:
     """A2E, write: the tokens' rows into the own managed area, and the table of the experts' first rows."""
-    write_rows(state, routing, x, 1)
+    write_rows(state, routing, x, 1, -1, False)
     sent_first = load_i64(routing + RT_SENT_FIRST)
     for e in range(load_i64(state + EP_EXPERTS) + 1):
         store_i32(firsts + 4 * e, load_i64(sent_first + 8 * e))
@@ -100,7 +100,7 @@ def attention_pull(state: int, routing: int, peers: int, count: int, start: int,
         first = load_i64(sent_first + 8 * p * experts)
         rows = load_i64(sent_first + 8 * (p + 1) * experts) - first
         source = load_i64(peer + PEER_SEGMENT) + part
-        source += load_i64(load_i64(peer + PEER_THEIRS) + EXF_FIRST_ROW) * row_bytes
+        source += load_i64(load_i64(peer + PEER_THEIRS) + EXF_BLOCK) * row_bytes
         copy_bytes_auto(landing + first * row_bytes, source, rows * row_bytes)
 
 

@@ -7,7 +7,7 @@ and of the field that each writes here. An entry without addresses is the rank i
 from __future__ import annotations
 
 from ..layout.a2e import PEER_BYTES, PEER_CONTROL, PEER_MINE, PEER_THEIRS
-from ..layout.moe import COUNT_BITS, COUNT_MASK, EPOCH_MASK, EXF_COUNT, EXF_EVENT, EXF_FIRST_ROW, EXF_PULLED
+from ..layout.moe import COUNT_BITS, COUNT_MASK, EPOCH_MASK, EXF_BLOCK, EXF_COUNT, EXF_EVENT, EXF_PULLED
 from ..layout.segment import CTL_DOORBELL
 from ._jit import device, kernel
 from .atomics import load_acquire, load_i64, store_i64, store_release
@@ -32,7 +32,7 @@ def announce(peer: int, event: int, first_row: int, count: int, epoch: int) -> N
     field = load_i64(peer + PEER_MINE)
     if field == 0:
         return
-    store_i64(field + EXF_FIRST_ROW, first_row)
+    store_i64(field + EXF_BLOCK, first_row)
     store_i64(field + EXF_COUNT, tagged(count, epoch))
     # SYNC POINT expert-field: released after the rows; the peer's `wait_fields` on `event` acquires it.
     store_release(field + EXF_EVENT, event)

@@ -10,9 +10,11 @@ from ..layout.moe import (
     EP_EXPERTS,
     EP_RANK,
     EP_RANKS,
+    EP_ROW_BYTES,
     EP_SCRATCH,
     EP_SEGMENTS,
     EP_TOP_K,
+    RT_AT,
     RT_ENTRIES,
     RT_ENTRY_COUNTS,
     RT_ENTRY_FIRST,
@@ -29,6 +31,7 @@ from ..layout.moe import (
 from ..layout.segment import CONTROL_OFFSET
 from ._jit import device, kernel
 from .atomics import load_f32, load_i32, load_i64, store_f32, store_i64, store_release
+from .copy import STREAMING_THRESHOLD_BYTES, copy_bytes, copy_bytes_streaming
 from .fields import tagged
 from .reduce import weighted_sum_rows
 from .wait import ring_for
@@ -282,6 +285,74 @@ def rows_from(routing: int, source: int) -> int:
     for g in range(groups):
         rows += load_i64(counts + 8 * g)
     return rows
+
+
+@device
+def locate_run(routing: int, first: int, end: int, at: int, row_bytes: int) -> None:
+    """Note that rows first to end, as they were sent, lie one behind the other from address `at` on."""
+    places = load_i64(routing + RT_AT)
+    for row in range(first, end):
+        store_i64(places + 8 * row, at)
+        at += row_bytes
+
+
+@device
+def locate_by_expert(state: int, routing: int, peer: int, starts: int, rows: int, row_bytes: int) -> None:
+    """Note where the rows for a peer lie in an array that has them in the order of its result.
+
+    Args:
+        state: address of the ExpertParallel state.
+        routing: address of the routing record; `at` is filled.
+        peer: the rank of the experts.
+        starts: address of int64 [experts of the peer]: where the rows of this rank for each start; [1] if deduplicated.
+        rows: address of that array.
+        row_bytes: bytes of a row.
+    """
+    if load_i64(routing + RT_GOT_COUNTS) != load_i64(routing + RT_ENTRY_COUNTS):
+        sent_rows = load_i64(routing + RT_SENT_ROWS) + 8 * peer
+        locate_run(
+            routing, load_i64(sent_rows), load_i64(sent_rows + 8), rows + load_i64(starts) * row_bytes, row_bytes
+        )
+        return
+    begin = first_expert(state, peer)
+    sent_first = load_i64(routing + RT_SENT_FIRST)
+    for e in range(begin, first_expert(state, peer + 1)):
+        at = rows + load_i64(starts + 8 * (e - begin)) * row_bytes
+        locate_run(routing, load_i64(sent_first + 8 * e), load_i64(sent_first + 8 * (e + 1)), at, row_bytes)
+
+
+@device
+def are_streamed(state: int, rows: int, row_bytes: int) -> bool:
+    """Do so many rows at every rank outgrow the caches, so that they had better be written past them?
+
+    Measured with 7168 bfloat16 elements a row, on two cores: 28 MiB at all ranks together take a quarter longer past
+    the caches, and 56 MiB a sixth less.
+    """
+    return load_i64(state + EP_RANKS) * rows * row_bytes >= STREAMING_THRESHOLD_BYTES
+
+
+@device
+def copy_rows(dst: int, src: int, n_bytes: int, streamed: bool) -> None:
+    """Copy a row, or several, past the caches or through them."""
+    if streamed:
+        copy_bytes_streaming(dst, src, n_bytes)
+    else:
+        copy_bytes(dst, src, n_bytes)
+
+
+@device
+def take_own_rows(state: int, routing: int, x: int, tokens: int, streamed: bool) -> None:
+    """Rows for the own experts straight from the tokens at `x` to the output; none of them is quantised."""
+    rank, top_k = load_i64(state + EP_RANK), load_i64(state + EP_TOP_K)
+    row_bytes = load_i64(state + EP_ROW_BYTES)
+    row_of, at = load_i64(routing + RT_ROW_OF), load_i64(routing + RT_AT)
+    starts = load_i64(routing + RT_GOT_FIRST) + 8 * rank * load_i64(routing + RT_GROUPS)
+    locate_by_expert(state, routing, rank, starts, tokens, row_bytes)
+    for t in range(load_i64(routing + RT_TOKENS)):
+        for k in range(top_k):
+            row = load_i64(row_of + 8 * (t * top_k + k))
+            if row >= 0 and row >> ROW_BITS == rank:
+                copy_rows(load_i64(at + 8 * (row & ROW_MASK)), x + t * row_bytes, row_bytes, streamed)
 
 
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")

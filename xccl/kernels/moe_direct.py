@@ -63,8 +63,19 @@ from ..layout.moe_direct import (
 )
 from ._jit import device, kernel
 from .atomics import load_f32, load_i32, load_i64, store_f32, store_i32, store_i64
-from .copy import copy_bytes, copy_bytes_auto
-from .moe import ROW_BITS, ROW_MASK, first_expert, first_row_of, route_rows, route_rows_dedup, segment, tell_all
+from .copy import copy_bytes_auto
+from .moe import (
+    ROW_BITS,
+    ROW_MASK,
+    are_streamed,
+    copy_rows,
+    first_expert,
+    first_row_of,
+    route_rows,
+    route_rows_dedup,
+    segment,
+    tell_all,
+)
 from .quantise import quantise_row
 from .reduce import weighted_sum_rows
 from .wait import MISMATCH, OK, SLICE, await_words
@@ -234,6 +245,8 @@ def _write(state: int, direct: int, routing: int, x: int) -> None:
     quant, dtype, hidden = load_i64(state + EP_QUANT), load_i64(state + EP_DTYPE), load_i64(state + EP_HIDDEN)
     scales, source = load_i64(direct + DI_SCALES), load_i64(direct + DI_SOURCE)
     row_of = load_i64(routing + RT_ROW_OF)
+    sent = load_i64(load_i64(routing + RT_SENT_ROWS) + 8 * load_i64(state + EP_RANKS))
+    streamed = are_streamed(state, sent, row_bytes)
     is_new = load_i64(routing + RT_ROOT) == load_i64(routing + RT_EPOCH)
     for t in range(load_i64(routing + RT_TOKENS)):
         token = x + t * token_bytes
@@ -252,7 +265,7 @@ def _write(state: int, direct: int, routing: int, x: int) -> None:
                 token = destination
                 quantised = True
             else:
-                copy_bytes(destination, token, row_bytes)
+                copy_rows(destination, token, row_bytes, streamed)
             if quant != 0:
                 store_f32(slot + scales + 4 * row, scale)
             if is_new:

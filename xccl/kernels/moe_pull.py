@@ -27,12 +27,14 @@ from ..layout.moe import (
     EP_ROWS,
     EP_SCALES,
     EP_SCRATCH,
+    EP_STARTS,
     EP_TOP_K,
+    EXF_BLOCK,
     EXF_COUNT,
     EXF_EVENT,
-    EXF_FIRST_ROW,
     EXF_PULLED,
     EXPERT_FIELD_BYTES,
+    RT_AT,
     RT_ENTRY_COUNTS,
     RT_ENTRY_FIRST,
     RT_EPOCH,
@@ -49,18 +51,23 @@ from ..layout.moe import (
 from ..layout.segment import CONTROL_OFFSET
 from ._jit import device, kernel
 from .atomics import load_f32, load_i32, load_i64, store_f32, store_i32, store_i64, store_release
-from .copy import copy_bytes, copy_bytes_auto
+from .copy import copy_bytes
 from .fields import tagged
 from .moe import (
     ROW_BITS,
     ROW_MASK,
+    are_streamed,
+    copy_rows,
     first_expert,
     first_row_of,
     lay_out,
     local_experts,
+    locate_by_expert,
+    locate_run,
     rows_from,
     segment,
     take_counts,
+    take_own_rows,
     tell_all,
 )
 from .quantise import quantise_row
@@ -81,8 +88,11 @@ def _field_at(state: int, fields: int, peer: int) -> int:
 
 
 @device
-def write_rows(state: int, routing: int, x: int, has_places: int) -> None:
-    """Each token, quantised once if asked, into its rows in the own managed area, with scales, and places if asked."""
+def write_rows(state: int, routing: int, x: int, has_places: int, skipped: int, streamed: bool) -> None:
+    """Each token, quantised once if asked, into its rows in the own managed area, with scales, and places if asked.
+
+    Of the rows for rank `skipped` nothing but places is written; the others go past the caches if asked.
+    """
     own = segment(state, load_i64(state + EP_RANK))
     top_k = load_i64(state + EP_TOP_K)
     hidden = load_i64(state + EP_HIDDEN)
@@ -102,14 +112,15 @@ def write_rows(state: int, routing: int, x: int, has_places: int) -> None:
             row = load_i64(row_of + 8 * (t * top_k + k))
             if row < 0:
                 continue
+            is_skipped = row >> ROW_BITS == skipped
             row &= ROW_MASK
             destination = rows + row * row_bytes
             if quant != 0 and not quantised:
                 scale = quantise_row(dtype, source, hidden, destination)
                 source = destination
                 quantised = True
-            else:
-                copy_bytes(destination, source, row_bytes)
+            elif not is_skipped:
+                copy_rows(destination, source, row_bytes, streamed)
             if quant != 0:
                 store_f32(scales + 4 * row, scale)
             if has_places != 0:
@@ -119,8 +130,14 @@ def write_rows(state: int, routing: int, x: int, has_places: int) -> None:
 
 @kernel("void(int64, int64, int64, int64)")
 def dispatch_write(state: int, routing: int, x: int, has_places: int) -> None:
-    """Steps 1 to 3: rows into the own managed area, with places unless peers know them."""
-    write_rows(state, routing, x, has_places)
+    """Steps 1 to 3: rows into the own managed area, with places unless peers know them.
+
+    Rows for the own experts stay where they are until step 7, unless they are quantised.
+    """
+    sent = load_i64(load_i64(routing + RT_SENT_ROWS) + 8 * load_i64(state + EP_RANKS))
+    streamed = are_streamed(state, sent, load_i64(state + EP_ROW_BYTES))
+    skipped = load_i64(state + EP_RANK) if load_i64(state + EP_QUANT) == 0 else -1
+    write_rows(state, routing, x, has_places, skipped, streamed)
 
 
 @kernel("void(int64, int64)")
@@ -170,9 +187,9 @@ def dispatch_write_entries(state: int, routing: int, topk_idx: int, weights: int
 
 
 @device
-def _announce(state: int, fields: int, peer: int, event: int, first_row: int, count: int, epoch: int) -> None:
+def _announce(state: int, fields: int, peer: int, event: int, block: int, count: int, epoch: int) -> None:
     field = _field_at(state, fields, peer)
-    store_i64(field + EXF_FIRST_ROW, first_row)
+    store_i64(field + EXF_BLOCK, block)
     store_i64(field + EXF_COUNT, tagged(count, epoch))
     # SYNC POINT expert-field: released after the rows; the peer's `wait_all` on `event` acquires it.
     store_release(field + EXF_EVENT, event)
@@ -226,14 +243,15 @@ def dispatch_check(state: int, routing: int, fields: int) -> int:
     return OK
 
 
-@kernel("void(int64, int64, int64, int64, int64, int64)")
-def dispatch_pull(state: int, routing: int, fields: int, tokens: int, scales: int, source: int) -> None:
+@kernel("void(int64, int64, int64, int64, int64, int64, int64)")
+def dispatch_pull(state: int, routing: int, fields: int, x: int, tokens: int, scales: int, source: int) -> None:
     """Steps 6 and 7: pull the rows from each peer's managed area, each run at once.
 
     Args:
         state: address of the ExpertParallel state.
         routing: address of the routing record.
         fields: offset of the dispatch fields.
+        x: address of [tokens, hidden], from where the own rows come unless they are quantised.
         tokens: address of the output rows.
         scales: address of float32 [rows]; used with INT8 only.
         source: address of int32 [rows][3]: rank, token, slot; 0 if places are not pulled.
@@ -244,17 +262,23 @@ def dispatch_pull(state: int, routing: int, fields: int, tokens: int, scales: in
     quant = load_i64(state + EP_QUANT)
     got_counts = load_i64(routing + RT_GOT_COUNTS)
     got_first = load_i64(routing + RT_GOT_FIRST)
+    rank = load_i64(state + EP_RANK)
+    streamed = are_streamed(state, load_i64(routing + RT_ROWS), row_bytes)
     for i in range(1, ranks + 1):
-        s = (load_i64(state + EP_RANK) + i) % ranks
+        s = (rank + i) % ranks
+        are_pulled = s != rank or quant != 0
+        if not are_pulled:
+            take_own_rows(state, routing, x, tokens, streamed)
         peer = segment(state, s)
-        row = load_i64(_field_from(state, fields, s) + EXF_FIRST_ROW)
+        row = load_i64(_field_from(state, fields, s) + EXF_BLOCK)
         for g in range(groups):
             count = load_i64(got_counts + 8 * (s * groups + g))
             if count == 0:
                 continue
             first = load_i64(got_first + 8 * (s * groups + g))
             rows = peer + load_i64(state + EP_ROWS) + row * row_bytes
-            copy_bytes_auto(tokens + first * row_bytes, rows, count * row_bytes)
+            if are_pulled:
+                copy_rows(tokens + first * row_bytes, rows, count * row_bytes, streamed)
             if quant != 0:
                 copy_bytes(scales + 4 * first, peer + load_i64(state + EP_SCALES) + 4 * row, 4 * count)
             if source != 0:
@@ -313,6 +337,14 @@ def release(state: int, fields: int, epoch: int) -> None:
     tell_all(state, fields, EXPERT_FIELD_BYTES, EXF_PULLED, epoch)
 
 
+@kernel("void(int64, int64)")
+def combine_write_starts(state: int, routing: int) -> None:
+    """Combine, steps 1 to 3 with outputs in place: where those for each origin and expert start."""
+    starts = segment(state, load_i64(state + EP_RANK)) + load_i64(state + EP_STARTS)
+    runs = load_i64(state + EP_RANKS) * load_i64(routing + RT_GROUPS)
+    copy_bytes(starts, load_i64(routing + RT_GOT_FIRST), 8 * runs)
+
+
 @kernel("void(int64, int64, int64)")
 def combine_write(state: int, routing: int, expert_out: int) -> None:
     """Combine, steps 1 to 3: expert outputs into the own managed area, a block for each origin, in its order."""
@@ -320,20 +352,32 @@ def combine_write(state: int, routing: int, expert_out: int) -> None:
     row_bytes = load_i64(state + EP_RETURN_BYTES)
     got_counts = load_i64(routing + RT_GOT_COUNTS)
     got_first = load_i64(routing + RT_GOT_FIRST)
+    streamed = are_streamed(state, load_i64(routing + RT_ROWS), row_bytes)
     at = own + load_i64(state + EP_RETURNS)
     for i in range(load_i64(state + EP_RANKS) * load_i64(routing + RT_GROUPS)):
         n_bytes = load_i64(got_counts + 8 * i) * row_bytes
-        copy_bytes_auto(at, expert_out + load_i64(got_first + 8 * i) * row_bytes, n_bytes)
+        copy_rows(at, expert_out + load_i64(got_first + 8 * i) * row_bytes, n_bytes, streamed)
         at += n_bytes
 
 
-@kernel("void(int64, int64, int64, int64)")
-def combine_announce(state: int, routing: int, fields: int, event: int) -> None:
-    """Combine, step 4: tell each origin where its block is."""
+@kernel("void(int64, int64, int64, int64, int64, int64)")
+def combine_announce(state: int, routing: int, fields: int, event: int, rows: int, in_place: int) -> None:
+    """Combine, step 4: tell each origin where its block is.
+
+    Args:
+        state: address of the ExpertParallel state.
+        routing: address of the routing record.
+        fields: offset of the combine fields.
+        event: epoch of this combine.
+        rows: offset in the own segment of the block for the first origin, or of outputs that lie in place.
+        in_place: 1 if each origin has to look where its runs of rows start, else 0.
+    """
+    row_bytes = load_i64(state + EP_RETURN_BYTES)
     first = 0
     for s in range(load_i64(state + EP_RANKS)):
         count = rows_from(routing, s)
-        _announce(state, fields, s, event, first, count, load_i64(routing + RT_EPOCH))
+        block = -rows if in_place != 0 else rows + first * row_bytes
+        _announce(state, fields, s, event, block, count, load_i64(routing + RT_EPOCH))
         first += count
 
 
@@ -347,6 +391,22 @@ def combine_check(state: int, routing: int, fields: int) -> int:
         if load_i64(_field_from(state, fields, peer) + EXF_COUNT) != tagged(count, epoch):
             return -1 - peer
     return OK
+
+
+@device
+def _locate_returned(state: int, routing: int, fields: int) -> None:
+    """Note where the output of each row is: in the block for this rank, or among all outputs of its rank."""
+    row_bytes = load_i64(state + EP_RETURN_BYTES)
+    sent_rows = load_i64(routing + RT_SENT_ROWS)
+    rank = load_i64(state + EP_RANK)
+    for p in range(load_i64(state + EP_RANKS)):
+        peer, block = segment(state, p), load_i64(_field_from(state, fields, p) + EXF_BLOCK)
+        if block >= 0:
+            first, end = load_i64(sent_rows + 8 * p), load_i64(sent_rows + 8 * (p + 1))
+            locate_run(routing, first, end, peer + block, row_bytes)
+        else:
+            starts = peer + load_i64(state + EP_STARTS) + 8 * rank * local_experts(state, p)
+            locate_by_expert(state, routing, p, starts, peer - block, row_bytes)
 
 
 @kernel("void(int64, int64, int64, int64, int64, int64)")
@@ -363,8 +423,8 @@ def combine_reduce(state: int, routing: int, fields: int, weights: int, shared: 
     """
     top_k = load_i64(state + EP_TOP_K)
     row_bytes = load_i64(state + EP_RETURN_BYTES)
-    row_of = load_i64(routing + RT_ROW_OF)
-    sent_rows = load_i64(routing + RT_SENT_ROWS)
+    row_of, at = load_i64(routing + RT_ROW_OF), load_i64(routing + RT_AT)
+    _locate_returned(state, routing, fields)
     addresses = load_i64(state + EP_SCRATCH)
     gates = addresses + 8 * (top_k + 1)
     for t in range(load_i64(routing + RT_TOKENS)):
@@ -374,10 +434,7 @@ def combine_reduce(state: int, routing: int, fields: int, weights: int, shared: 
             row = load_i64(row_of + 8 * i)
             if row < 0:
                 continue
-            peer = row >> ROW_BITS
-            within = (row & ROW_MASK) - load_i64(sent_rows + 8 * peer)
-            row = load_i64(_field_from(state, fields, peer) + EXF_FIRST_ROW) + within
-            store_i64(addresses + 8 * n, segment(state, peer) + load_i64(state + EP_RETURNS) + row * row_bytes)
+            store_i64(addresses + 8 * n, load_i64(at + 8 * (row & ROW_MASK)))
             store_f32(gates + 4 * n, 1.0 if weights == 0 else load_f32(weights + 4 * i))
             n += 1
         if shared != 0:

@@ -1,6 +1,6 @@
-"""Dispatch and combine by the push protocol (CM384 §4.2.1). The protocol and its proof are in `xccl.comm.moe_push`.
+"""The dispatch of the push protocol (CM384 §4.2.1). The protocol and its proof are in `xccl.comm.moe_push`.
 
-Each kernel is one stage, or a part of one, and waits for nothing but `wait_tokens`.
+Each kernel is one stage, or a part of one, and waits for nothing.
 
 Arguments that all have in common: `state` is the address of the ExpertParallel state, `push` that of the push state,
 `routing` that of the routing record.
@@ -26,12 +26,12 @@ from ..layout.moe import (
     RT_PLACES,
     RT_ROOT,
     RT_ROW_OF,
+    RT_ROWS,
     RT_SENT_FIRST,
     RT_SENT_ROWS,
     RT_TOKENS,
 )
 from ..layout.moe_push import (
-    COMBINE_HEADER_BYTES as RETURN_HEADER_BYTES,
     PACKET,
     PACKET_ENTRY_BYTES,
     PE_EXPERT,
@@ -44,31 +44,20 @@ from ..layout.moe_push import (
     PK_RANK,
     PK_SLOT,
     PK_TOKEN,
-    PS_COMBINE,
-    PS_DISPATCH,
+    PU_BACKED,
     PU_BLOCK_BYTES,
     PU_COUNTS,
     PU_COUNTS_BYTES,
     PU_FIELDS,
-    PU_FLAGS,
     PU_HEADER_BYTES,
     PU_PACKET_BYTES,
     PU_PACKETS,
-    PU_RETURN_PACKET_BYTES,
-    PU_RETURNS,
     PU_SCALE,
-    PU_STATUS,
-    PU_TARGETS,
-    RP_COMBINE,
-    RP_DISPATCH,
 )
-from ..layout.record import HOT_LINE_BYTES
 from ..layout.ring import FIELD_BYTES
-from ..layout.segment import CONTROL_OFFSET, CTL_DOORBELL
+from ..layout.segment import CONTROL_OFFSET
 from ._jit import device, kernel
 from .atomics import (
-    fetch_add,
-    load_acquire,
     load_f32,
     load_i32,
     load_i64,
@@ -77,26 +66,31 @@ from .atomics import (
     store_i64,
     store_release,
 )
-from .copy import copy_bytes
 from .fields import tagged
 from .moe import (
     ROW_BITS,
     ROW_MASK,
+    are_streamed,
+    copy_rows,
     first_expert,
     first_row_of,
     lay_out,
     local_experts,
+    route_rows,
+    route_rows_dedup,
     rows_from,
     segment,
     take_counts,
+    take_own_rows,
     tell_all,
 )
 from .quantise import quantise_row
-from .reduce import weighted_sum_rows
-from .wait import OK, relax, ring, ring_for, settle
+from .wait import OK, ring_for
 
 _PACKET_ENTRIES = PACKET.size_bytes
-_LOW_HALF = 0xFFFFFFFF
+
+#: A status: blocks need more memory.
+BACK = 1
 
 
 @device
@@ -122,19 +116,6 @@ def _counts(state: int, push: int, at: int, writer: int, epoch: int) -> int:
 def _block(state: int, push: int, at: int, writer: int) -> int:
     """Address of the block of packets that `writer` fills at rank `at`."""
     return segment(state, at) + load_i64(push + PU_PACKETS) + writer * load_i64(push + PU_BLOCK_BYTES)
-
-
-@device
-def _place(state: int, push: int, at: int, token: int, slot: int) -> int:
-    """Address of the place at rank `at` to which a row of a (token, slot) returns."""
-    place = token * load_i64(state + EP_TOP_K) + slot
-    return segment(state, at) + load_i64(push + PU_RETURNS) + place * load_i64(push + PU_RETURN_PACKET_BYTES)
-
-
-@device
-def _flag(state: int, push: int, at: int, token: int) -> int:
-    """Address of the flag of a token at its rank."""
-    return segment(state, at) + load_i64(push + PU_FLAGS) + token * HOT_LINE_BYTES
 
 
 @kernel("void(int64, int64, int64)")
@@ -166,9 +147,36 @@ def _write_entries(
     return n
 
 
+@kernel("int64(int64, int64, int64, int64, int64)")
+def dispatch_route(state: int, push: int, routing: int, topk_idx: int, dedup: int) -> int:
+    """Which rows go where, unless that is known; and is there memory for them in the own blocks?
+
+    Args:
+        state: see above.
+        push: see above.
+        routing: see above.
+        topk_idx: address of int64 [tokens, top_k]; 0 if the routing is known.
+        dedup: 1 if rows are deduplicated, else 0.
+
+    Returns:
+        OK; BACK if a block at a peer has no memory for its rows; -1 - i if element i is neither -1 nor an expert.
+    """
+    if topk_idx != 0:
+        rows = route_rows_dedup(state, routing, topk_idx) if dedup else route_rows(state, routing, topk_idx)
+        if rows < 0:
+            return rows
+    sent_rows, backed = load_i64(routing + RT_SENT_ROWS), load_i64(push + PU_BACKED)
+    for p in range(load_i64(state + EP_RANKS)):
+        if load_i64(sent_rows + 8 * (p + 1)) - load_i64(sent_rows + 8 * p) > load_i64(backed + 8 * p):
+            return BACK
+    return OK
+
+
 @kernel("void(int64, int64, int64, int64, int64, int64)")
 def dispatch_send(state: int, push: int, routing: int, x: int, topk_idx: int, weights: int) -> None:
     """Send: each token, quantised once if asked, in packets straight into the blocks of its peers.
+
+    Of packets for the own experts, unless they are quantised, only the header is written.
 
     Args:
         state: see above.
@@ -185,6 +193,7 @@ def dispatch_send(state: int, push: int, routing: int, x: int, topk_idx: int, we
     token_bytes = load_i64(state + EP_RETURN_BYTES)
     quant = load_i64(state + EP_QUANT)
     row_of, sent_rows = load_i64(routing + RT_ROW_OF), load_i64(routing + RT_SENT_ROWS)
+    streamed = are_streamed(state, load_i64(sent_rows + 8 * load_i64(state + EP_RANKS)), row_bytes)
     packet_bytes, header_bytes = load_i64(push + PU_PACKET_BYTES), load_i64(push + PU_HEADER_BYTES)
     for t in range(load_i64(routing + RT_TOKENS)):
         source = x + t * token_bytes
@@ -208,8 +217,8 @@ def dispatch_send(state: int, push: int, routing: int, x: int, topk_idx: int, we
                 scale = quantise_row(load_i64(state + EP_DTYPE), source, hidden, destination)
                 source = destination
                 quantised = True
-            else:
-                copy_bytes(destination, source, row_bytes)
+            elif quant != 0 or peer != rank:
+                copy_rows(destination, source, row_bytes, streamed)
             if quant != 0:
                 store_f32(packet + load_i64(push + PU_SCALE), scale)
 
@@ -243,7 +252,7 @@ def dispatch_plan(state: int, push: int, routing: int, counts_out: int) -> int:
         state: see above.
         push: see above.
         routing: see above; what is about rows that come is filled in the routing.
-        counts_out: address of int64 [local experts], filled with the entries of each.
+        counts_out: address of int64 [local experts], filled with the entries of each; 0 if all of that is known.
 
     Returns:
         OK, or -1 - s if source s sends by another routing, or contradicts itself.
@@ -253,31 +262,25 @@ def dispatch_plan(state: int, push: int, routing: int, counts_out: int) -> int:
     epoch = load_i64(routing + RT_EPOCH)
     for s in range(ranks):
         word = load_i64(_field_from(state, push, s) + PF_COUNT + 8 * (epoch & 1))
-        if not take_counts(routing, s, local, word, _counts(state, push, rank, s, epoch)):
+        if counts_out == 0:
+            if word != tagged(rows_from(routing, s), load_i64(routing + RT_ROOT)):
+                return -1 - s
+        elif not take_counts(routing, s, local, word, _counts(state, push, rank, s, epoch)):
             return -1 - s
-    lay_out(routing, ranks, local, counts_out)
+    if counts_out != 0:
+        lay_out(routing, ranks, local, counts_out)
     return OK
 
 
-@kernel("int64(int64, int64, int64)")
-def dispatch_check(state: int, push: int, routing: int) -> int:
-    """Does each source repeat the same dispatch? OK, or -1 - s for the first that does not."""
-    epoch, root = load_i64(routing + RT_EPOCH), load_i64(routing + RT_ROOT)
-    for s in range(load_i64(state + EP_RANKS)):
-        word = load_i64(_field_from(state, push, s) + PF_COUNT + 8 * (epoch & 1))
-        if word != tagged(rows_from(routing, s), root):
-            return -1 - s
-    return OK
-
-
-@kernel("void(int64, int64, int64, int64, int64, int64)")
-def dispatch_assemble(state: int, push: int, routing: int, tokens: int, scales: int, source: int) -> None:
+@kernel("void(int64, int64, int64, int64, int64, int64, int64)")
+def dispatch_assemble(state: int, push: int, routing: int, x: int, tokens: int, scales: int, source: int) -> None:
     """Assemble: rows from the blocks of all peers, each run in turn, and where each came from.
 
     Args:
         state: see above.
         push: see above.
         routing: see above; `places` of the routing are filled.
+        x: address of [tokens, hidden], from where the own rows come unless they are quantised.
         tokens: address of the output rows.
         scales: address of float32 [rows]; used with INT8 only.
         source: address of int32 [rows][3]: rank, token, slot; 0 if that and the places are known.
@@ -289,12 +292,16 @@ def dispatch_assemble(state: int, push: int, routing: int, tokens: int, scales: 
     got_counts, got_first = load_i64(routing + RT_GOT_COUNTS), load_i64(routing + RT_GOT_FIRST)
     places = load_i64(routing + RT_PLACES)
     packet_bytes, header_bytes = load_i64(push + PU_PACKET_BYTES), load_i64(push + PU_HEADER_BYTES)
+    streamed = are_streamed(state, load_i64(routing + RT_ROWS), row_bytes)
+    if quant == 0:
+        take_own_rows(state, routing, x, tokens, streamed)
     for s in range(load_i64(state + EP_RANKS)):
         packet = _block(state, push, rank, s)
         for g in range(groups):
             first = load_i64(got_first + 8 * (s * groups + g))
             for row in range(first, first + load_i64(got_counts + 8 * (s * groups + g))):
-                copy_bytes(tokens + row * row_bytes, packet + header_bytes, row_bytes)
+                if s != rank or quant != 0:
+                    copy_rows(tokens + row * row_bytes, packet + header_bytes, row_bytes, streamed)
                 if quant != 0:
                     store_f32(scales + 4 * row, load_f32(packet + load_i64(push + PU_SCALE)))
                 if source != 0:
@@ -339,142 +346,3 @@ def dispatch_assemble_entries(state: int, push: int, routing: int, index: int, w
                 store_i32(index + 12 * at + 8, load_i32(entry + PE_SLOT))
                 store_f32(weights + 4 * at, load_f32(entry + PE_WEIGHT))
             packet += load_i64(push + PU_PACKET_BYTES)
-
-
-@kernel("void(int64, int64, int64, int64, int64)")
-def combine_send(state: int, push: int, routing: int, expert_out: int, combine: int) -> None:
-    """Send and flag: each row straight to its place at its origin, and then one more in the flag of its token there.
-
-    Args:
-        state: see above.
-        push: see above.
-        routing: see above.
-        expert_out: address of [rows, hidden].
-        combine: epoch of this combine.
-    """
-    rank, ranks = load_i64(state + EP_RANK), load_i64(state + EP_RANKS)
-    groups = load_i64(routing + RT_GROUPS)
-    row_bytes = load_i64(state + EP_RETURN_BYTES)
-    got_counts, got_first = load_i64(routing + RT_GOT_COUNTS), load_i64(routing + RT_GOT_FIRST)
-    places = load_i64(routing + RT_PLACES)
-    epoch = load_i64(routing + RT_EPOCH)
-    status = segment(state, rank) + load_i64(push + PU_STATUS)
-    store_i64(status + PS_DISPATCH, epoch)
-    # SYNC POINT push-status: released after what is combined; a peer that waits in vain acquires it.
-    store_release(status + PS_COMBINE, combine)
-    for i in range(1, ranks + 1):
-        s = (rank + i) % ranks
-        for g in range(groups):
-            first = load_i64(got_first + 8 * (s * groups + g))
-            for row in range(first, first + load_i64(got_counts + 8 * (s * groups + g))):
-                place = load_i64(places + 8 * row)
-                token = place >> 32
-                packet = _place(state, push, s, token, place & _LOW_HALF)
-                store_i64(packet + RP_DISPATCH, epoch)
-                # The origin looks at it before the flag is complete, too, to say whose row is missing.
-                store_release(packet + RP_COMBINE, combine)
-                copy_bytes(packet + RETURN_HEADER_BYTES, expert_out + row * row_bytes, row_bytes)
-                # SYNC POINT push-token: released after the row; the origin's `wait_tokens` acquires it.
-                fetch_add(_flag(state, push, s, token), 1)
-
-
-@kernel("void(int64, int64)")
-def combine_ring(state: int, routing: int) -> None:
-    """Flag, the end of it: wake the origins of all rows, once each."""
-    rank, ranks = load_i64(state + EP_RANK), load_i64(state + EP_RANKS)
-    for i in range(1, ranks + 1):
-        s = (rank + i) % ranks
-        if rows_from(routing, s) > 0:
-            ring(segment(state, s) + CONTROL_OFFSET)
-
-
-@kernel("void(int64, int64, int64)")
-def combine_expect(state: int, push: int, routing: int) -> None:
-    """What the flags of the own tokens are to reach: as many rows more as each token has sent."""
-    top_k = load_i64(state + EP_TOP_K)
-    row_of, targets = load_i64(routing + RT_ROW_OF), load_i64(push + PU_TARGETS)
-    for t in range(load_i64(routing + RT_TOKENS)):
-        rows = 0
-        for k in range(top_k):
-            if load_i64(row_of + 8 * (t * top_k + k)) >= 0:
-                rows += 1
-        store_i64(targets + 8 * t, load_i64(targets + 8 * t) + rows)
-
-
-@kernel("int64(int64, int64, int64, int64, int64, int64)")
-def wait_tokens(control: int, flags: int, targets: int, count: int, cursor: int, until_ns: int) -> int:
-    """Wait until the flag of each token has reached what it is to reach.
-
-    Args:
-        control: address of the own control area.
-        flags: address of the flags.
-        targets: address of int64 [count].
-        count: number of tokens.
-        cursor: address of the number of the first token that was not seen to be complete, where the next call goes on.
-        until_ns: when to return.
-    """
-    for t in range(load_i64(cursor), count):
-        n = 0
-        while True:
-            seq = load_acquire(control + CTL_DOORBELL)
-            # SYNC POINT push-token: acquires the rows of this token.
-            if load_acquire(flags + t * HOT_LINE_BYTES) >= load_i64(targets + 8 * t):
-                break
-            n = relax(control, n, seq, until_ns)
-            if n < 0:
-                store_i64(cursor, t)
-                return n
-        settle(control, n)
-    store_i64(cursor, count)
-    return OK
-
-
-@kernel("int64(int64, int64, int64, int64, int64, int64)")
-def first_missing(state: int, push: int, routing: int, combine: int, begin: int, end: int) -> int:
-    """The first (token, slot) of some tokens whose row of this combine, and of this dispatch, is not there; or -1."""
-    rank, top_k = load_i64(state + EP_RANK), load_i64(state + EP_TOP_K)
-    row_of, epoch = load_i64(routing + RT_ROW_OF), load_i64(routing + RT_EPOCH)
-    for t in range(begin, end):
-        for k in range(top_k):
-            i = t * top_k + k
-            if load_i64(row_of + 8 * i) < 0:
-                continue
-            packet = _place(state, push, rank, t, k)
-            if load_acquire(packet + RP_COMBINE) != combine or load_i64(packet + RP_DISPATCH) != epoch:
-                return i
-    return -1
-
-
-@kernel("void(int64, int64, int64, int64, int64, int64)")
-def combine_reduce(state: int, push: int, routing: int, weights: int, shared: int, y: int) -> None:
-    """Reduce: sum the rows of each token in slot order, and the output of a shared expert after them.
-
-    Args:
-        state: see above.
-        push: see above.
-        routing: see above.
-        weights: address of float32 [tokens, top_k]; 0 for weights of 1.
-        shared: address of [tokens, hidden] to be added last; 0 for none.
-        y: address of the output [tokens, hidden].
-    """
-    rank, top_k = load_i64(state + EP_RANK), load_i64(state + EP_TOP_K)
-    row_bytes = load_i64(state + EP_RETURN_BYTES)
-    row_of = load_i64(routing + RT_ROW_OF)
-    addresses = load_i64(state + EP_SCRATCH)
-    gates = addresses + 8 * (top_k + 1)
-    for t in range(load_i64(routing + RT_TOKENS)):
-        n = 0
-        for k in range(top_k):
-            i = t * top_k + k
-            if load_i64(row_of + 8 * i) < 0:
-                continue
-            store_i64(addresses + 8 * n, _place(state, push, rank, t, k) + RETURN_HEADER_BYTES)
-            store_f32(gates + 4 * n, 1.0 if weights == 0 else load_f32(weights + 4 * i))
-            n += 1
-        if shared != 0:
-            store_i64(addresses + 8 * n, shared + t * row_bytes)
-            store_f32(gates + 4 * n, 1.0)
-            n += 1
-        weighted_sum_rows(
-            load_i64(state + EP_DTYPE), addresses, gates, n, load_i64(state + EP_HIDDEN), y + t * row_bytes
-        )

@@ -23,7 +23,7 @@ from ..layout.a2e import (
     PEER_SEGMENT,
     PEER_THEIRS,
 )
-from ..layout.moe import EXF_COUNT, EXF_FIRST_ROW
+from ..layout.moe import EXF_BLOCK, EXF_COUNT
 from ._jit import device, kernel
 from .atomics import load_i32, load_i64, store_i32
 from .copy import copy_bytes, copy_bytes_auto
@@ -123,7 +123,7 @@ def gather(die: int, expert_dies: int, count: int, start: int, tables: int, serv
         x = (start + i) % count
         peer = expert_dies + PEER_BYTES * x
         theirs = load_i64(peer + PEER_THEIRS)
-        row = own_first if theirs == 0 else load_i64(theirs + EXF_FIRST_ROW)
+        row = own_first if theirs == 0 else load_i64(theirs + EXF_BLOCK)
         source = load_i64(peer + PEER_SEGMENT) + load_i64(die + DIE_RETURNS)
         for j in range(served):
             at = tables + j * table_bytes + 4 * x * local

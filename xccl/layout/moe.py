@@ -9,12 +9,18 @@ Own managed area of one ExpertParallel object, the same offsets at every rank:
     | places                   |  int32 [entries][2]: token and slot of each row; if rows are deduplicated, `ENTRY`
     +--------------------------+ dispatch_scales
     | scales                   |  float32 [rows], INT8 only
+    +--------------------------+ combine_starts
+    | starts                   |  int64 [ranks][local experts]: where the outputs for each origin and expert start, in
+    |                          |  rows, if they lie in place, by expert; not if rows are deduplicated
     +--------------------------+ dispatch_rows
     | rows                     |  [max_tokens * top_k][row bytes], by expert, then token, then slot; if they are
     |                          |  deduplicated by rank, then token
     +--------------------------+ combine_rows
     | returned rows            |  [ranks * max_tokens * top_k][hidden * item size], by origin, then as the origin sent
-    |                          |  them
+    |                          |  them; of outputs that lie elsewhere
+    +--------------------------+ outputs
+    | outputs 0                |  [ranks * max_tokens * top_k][hidden * item size], for the caller to write into; only
+    | outputs 1                |  where address space abounds
     +--------------------------+
 
 An entry is one (token, slot) with an expert. Rows are expanded, one for each entry, or deduplicated, one for each token
@@ -33,13 +39,19 @@ from typing import Final
 import numpy as np
 
 from .record import HOT_LINE_BYTES, Record, align_up
+from .segment import PAGE_BYTES
 
 EXPERT_FIELD = Record(
     "expert-parallel field",
     "One for each peer and direction (dispatch, combine), written by the peer (XDS section 3.2).",
 )
 EXF_EVENT = EXPERT_FIELD.add("event", 8, "epoch of the announced operation, published last (SYNC POINT expert-field)")
-EXF_FIRST_ROW = EXPERT_FIELD.add("first_row", 8, "where the block for this rank starts in the peer's managed area")
+EXF_BLOCK = EXPERT_FIELD.add(
+    "block",
+    8,
+    "where the block for this rank starts: its first row in the peer's managed area; of a combine its offset in the "
+    "peer's segment, or minus that of outputs that lie there by expert, with `combine_starts`",
+)
 EXF_COUNT = EXPERT_FIELD.add(
     "count", 8, "rows in it (40 bits), and the epoch of the dispatch that they belong to (24 bits)"
 )
@@ -69,6 +81,7 @@ EP_PLACES = STATE.add("dispatch_places", 8, "offset in every segment")
 EP_SCALES = STATE.add("dispatch_scales", 8, "offset in every segment")
 EP_ROWS = STATE.add("dispatch_rows", 8, "offset in every segment")
 EP_RETURNS = STATE.add("combine_rows", 8, "offset in every segment")
+EP_STARTS = STATE.add("combine_starts", 8, "offset in every segment")
 EP_SCRATCH = STATE.add("scratch", 8, "address of int64 [scratch_words]")
 
 #: One row of `Dispatched.source`: the token's rank, its number there, and the slot that chose the expert.
@@ -108,6 +121,7 @@ RT_ENTRIES = ROUTING.add("entries", 8, "entries that have come; as many as rows 
 RT_PLACES = ROUTING.add("places", 8, "[rows]: token << 32 | slot of each row that has come; push only")
 RT_ARRIVING = ROUTING.add("arriving", 8, "[ranks]: rows that come to each rank from all; direct only")
 RT_COUNTS = ROUTING.add("counts", 8, "[local experts]: entries that have come for each; direct only")
+RT_AT = ROUTING.add("at", 8, "[tokens * top_k]: scratch of an operation, the addresses of rows, as they were sent")
 ROUTING_WORDS = ROUTING.size_bytes // 8
 
 
@@ -129,15 +143,26 @@ class ExpertBlocks:
     counts: int
     places: int
     scales: int
+    starts: int
     rows: int
     returns: int
+    outputs: int
+    outputs_bytes: int
     total_bytes: int
 
 
 def expert_blocks(
-    *, ranks: int, experts: int, max_tokens: int, top_k: int, row_bytes: int, return_bytes: int, dedup: bool = False
+    *,
+    ranks: int,
+    experts: int,
+    max_tokens: int,
+    top_k: int,
+    row_bytes: int,
+    return_bytes: int,
+    dedup: bool = False,
+    lent: int = 0,
 ) -> ExpertBlocks:
-    """Where the parts of the managed block lie, sized for the worst case.
+    """Where the parts of the managed block lie, sized for the worst case, with so many arrays of outputs to be lent.
 
     A rank sends at most max_tokens * top_k rows, and gets at most that many from each rank; deduplicated, a row for
     each token and rank.
@@ -147,10 +172,16 @@ def expert_blocks(
     returned = ranks * (max_tokens if dedup else entries)
     counts_bytes = 4 * (experts + (ranks if dedup else 0))
     places_bytes = entries * (ENTRY_BYTES if dedup else 8)
+    starts_bytes = 0 if dedup else 8 * ranks * -(-experts // ranks)
+    outputs_bytes = align_up(returned * return_bytes, PAGE_BYTES)
     at = 0
     offsets: list[int] = []
-    for part_bytes in (counts_bytes, places_bytes, 4 * rows, rows * row_bytes, returned * return_bytes):
+    for part_bytes in (counts_bytes, places_bytes, 4 * rows, starts_bytes, rows * row_bytes, returned * return_bytes):
         offsets.append(at)
         at = align_up(at + part_bytes, HOT_LINE_BYTES)
-    counts, places, scales, first_row, returns = offsets
-    return ExpertBlocks(counts, places, scales, first_row, returns, total_bytes=at)
+    counts, places, scales, starts, first_row, returns = offsets
+    outputs = align_up(at, PAGE_BYTES)
+    return ExpertBlocks(
+        counts, places, scales, starts, first_row, returns, outputs, outputs_bytes,
+        total_bytes=outputs + lent * outputs_bytes,
+    )  # fmt: skip

@@ -92,6 +92,8 @@ PU_SCALE = PUSH.add("scale", 8, "where the scale is in one")
 PU_RETURNS = PUSH.add("returns", 8, "offset in every segment")
 PU_RETURN_PACKET_BYTES = PUSH.add("return_packet_bytes", 8, "distance between returned packets")
 PU_TARGETS = PUSH.add("targets", 8, "address of int64 [max_tokens]: what each flag is to reach")
+PU_BACKED = PUSH.add("backed", 8, "address of int64 [ranks]: packets for which the own block at each peer has memory")
+PU_KEPT = PUSH.add("kept", 8, "the own rank, if the combine under way sends no packets to itself; else -1")
 
 
 def header_bytes(entries: int) -> int:

@@ -16,6 +16,12 @@ Rules
 - Deduplicated rows are one for each token and rank that has any of its experts. They come with an entry for each
   (token, slot) instead of places, and with the rank's first entry beside the counts.
 - A dispatch that repeats another one (cached) moves neither counts nor places: both sides know them.
+- Rows for the own experts are a block of the own managed area, too, as the paper has it. Without `loopback` they go
+  from the tokens to the output; that is what `xccl.comm.moe` does with rows that are not quantised.
+- Outputs that lie in the own segment (`in_place`) are not written again. They are in the order of dispatched rows, so
+  that the area has, for each peer and expert, where the runs of rows start; deduplicated, a peer has one run, and the
+  field says it. The operation ends with
+    await-read: every peer has pulled this one; then the caller may write there.
 
 Units. A unit of "rows" is a row: a token passes a core's unified buffer as a whole. Scales and places lie side by side:
 in "write" they are one unit, in "pull" one for each run of rows with the same source and expert. Quantising writes its
@@ -44,6 +50,8 @@ SCALE_BYTES = 4
 PLACE_BYTES = 8
 COUNT_BYTES = 4
 WEIGHT_BYTES = 4
+#: Where a run of rows starts.
+START_BYTES = 8
 PULLED_BYTES = 8
 
 
@@ -56,6 +64,7 @@ def dispatch(
     lanes: int = MAX_LANES,
     rows: Rows = "expanded",
     cached: bool = False,
+    loopback: bool = True,
 ) -> Description:
     """Each token to the ranks of its experts.
 
@@ -67,6 +76,7 @@ def dispatch(
         lanes: of each rank.
         rows: "expanded", or "dedup" for one row for each token and rank.
         cached: the routing is that of an earlier dispatch.
+        loopback: rows for the own experts go through the managed area.
     """
     ranks = require_square(routing)
     row_bytes = hidden if quant == "int8" else hidden * item_bytes
@@ -76,7 +86,9 @@ def dispatch(
     n, entries = moved.ravel(), routing.rows.ravel()
     sent, ones = np.asarray(moved.sum(axis=1), np.int64), np.ones_like(every)
     runs = np.minimum(n, 1) if rows == "dedup" else routing.runs.ravel()
-    written = [replace(_local(every, sent, sent * row_bytes, "rows"), is_repeated=True)]
+    away = sent - np.diagonal(moved)
+    through = sent if loopback else away
+    written = [replace(_local(every, through, through * row_bytes, "rows"), is_repeated=True)]
     pulled = [Transfers(source, destination, n, n * row_bytes, "destination", "rows")]
     if not cached:
         first_bytes = COUNT_BYTES if rows == "dedup" else 0
@@ -97,7 +109,6 @@ def dispatch(
         Stage("write", transfers=tuple(written), work=work, lane_barrier=True),
         Stage("pull", transfers=tuple(pulled)),
     )
-    away = sent - np.diagonal(moved)
     payload = away * (row_bytes + (SCALE_BYTES if quant == "int8" else 0))
     return Description("dispatch", "pull", ranks, stages, lanes, payload)
 
@@ -110,6 +121,7 @@ def combine(
     lanes: int = MAX_LANES,
     rows: Rows = "expanded",
     shared_expert: bool = False,
+    in_place: bool = False,
 ) -> Description:
     """The outputs of each token's experts back to it, and their weighted sum.
 
@@ -120,6 +132,7 @@ def combine(
         lanes: of each rank.
         rows: those of the dispatch; deduplicated ones are weighted already.
         shared_expert: each rank adds the output of a shared expert of its own, which no link carries.
+        in_place: the experts' outputs lie where peers can read them, at all ranks.
     """
     ranks = require_square(routing)
     row_bytes = hidden * item_bytes
@@ -129,13 +142,23 @@ def combine(
     n = moved.ravel()
     sent, received = (np.asarray(moved.sum(axis=axis), np.int64) for axis in (1, 0))
     written = _local(every, received, received * row_bytes, "rows")
-    pulled = Transfers(expert, origin, n, n * row_bytes, "destination", "rows", is_stored=False)
+    pulled = [Transfers(expert, origin, n, n * row_bytes, "destination", "rows", is_stored=False)]
+    if in_place:
+        starts_bytes = START_BYTES * routing.local * (rows == "expanded")
+        written = _local(every, np.minimum(starts_bytes, 1), ranks * starts_bytes, "starts")
+        if rows == "expanded":
+            some = np.minimum(n, 1)
+            pulled.append(Transfers(expert, origin, some, some * starts_bytes[expert], "destination", "starts"))
     added = routing.tokens if shared_expert else 0 * routing.tokens
     summed = (routing.tokens + added) * row_bytes + weights_bytes(sent, rows)
     work = Work(every, "reduce", routing.tokens, summed, (sent + added) * hidden)
     stages = _stages(
-        ranks, Stage("write", transfers=(written,), lane_barrier=True), Stage("pull", transfers=(pulled,), work=(work,))
+        ranks,
+        Stage("write", transfers=(written,), lane_barrier=True),
+        Stage("pull", transfers=tuple(pulled), work=(work,)),
     )
+    if in_place:
+        stages += (Stage("await-read", (Waits(origin, expert, np.ones_like(n), "pulled"),)),)
     payload = (received - np.diagonal(moved)) * row_bytes
     return Description("combine", "pull", ranks, stages, lanes, payload)
 

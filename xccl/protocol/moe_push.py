@@ -25,7 +25,10 @@ Rules
   dispatch that repeats another one (cached) sends no counts, and assembles rows only.
 - Dispatch and combine have buffers of their own: a fast rank's combine must not overwrite what a slow one still reads.
 
-Each rank is a peer of itself too. Two rows of one token for experts of one rank are two messages.
+Each rank is a peer of itself too. Without `loopback`, which is how `xccl.comm.moe_push` does it with tokens that are
+not quantised and with outputs, the own rows stay where they are until they are assembled or summed: of packets to the
+rank itself only headers are written, and there are no flags for them. Two rows of one token for experts of one rank are
+two messages.
 
 Sizes. The text gives 7.5 KB a dispatched row at hidden 7168 (7168 B of INT8, and 512 B for the aligned scale) and 14 KB
 a combined one. Latency times bandwidth in CM384 Table 6 is 8.02 to 8.05 kB and 14.97 to 15.10 kB a row at EP8, 32 and
@@ -106,6 +109,7 @@ def dispatch(
     rows: Rows = "expanded",
     cached: bool = False,
     in_turn: bool = True,
+    loopback: bool = True,
 ) -> Description:
     """Each token to the ranks of its experts.
 
@@ -122,6 +126,7 @@ def dispatch(
         rows: "expanded", or "dedup" for one row for each token and rank.
         cached: the routing is that of an earlier dispatch.
         in_turn: the last dispatch was combined, or there was none.
+        loopback: rows for the own experts go in packets.
     """
     ranks = require_square(routing)
     message = hidden + scale_bytes if quant == "int8" else hidden * item_bytes
@@ -130,8 +135,11 @@ def dispatch(
     every = np.arange(ranks, dtype=np.int64)
     source, destination = all_pairs(ranks)
     moved, ones = rows_between(routing, rows), np.ones_like(source)
-    n = moved.ravel()
-    send = Transfers(source, destination, n, n * packet, "source", "packets")
+    own = np.diagonal(moved)
+    n = moved.ravel() if loopback else (moved - np.diag(own)).ravel()
+    send = [Transfers(source, destination, n, n * packet, "source", "packets")]
+    if not loopback:
+        send.append(Transfers(every, every, own, own * (packet - message), "source", "headers"))
     sent, received = (np.asarray(moved.sum(axis=axis), np.int64) for axis in (1, 0))
     each, some, entries = np.ones_like(every), np.minimum(received, 1), routing.received
     assembled = [Transfers(every, every, received, received * row_bytes, "destination", "rows", has_header=True)]
@@ -164,12 +172,12 @@ def dispatch(
     offsets = Work(every, "scan", 0 * each if cached else each, scanned * COUNT_BYTES, scanned)
     stages = (
         *_meeting(ranks, in_turn),
-        Stage("send", transfers=(send,), work=work, lane_barrier=True),
+        Stage("send", transfers=tuple(send), work=work, lane_barrier=True),
         Stage("notify", signals=signals),
         Stage("await-flags", (Waits(destination, source, flags, "flag"),)),
         Stage("assemble", transfers=tuple(assembled), work=(offsets,)),
     )
-    away = sent - np.diagonal(moved)
+    away = sent - own
     payload = away * (row_bytes + (SCALE_BYTES if quant == "int8" else 0))
     return Description("dispatch", "push", ranks, stages, lanes, payload)
 
@@ -184,6 +192,7 @@ def combine(
     rows: Rows = "expanded",
     shared_expert: bool = False,
     in_turn: bool = True,
+    loopback: bool = True,
 ) -> Description:
     """The outputs of each token's experts back to it, and their weighted sum.
 
@@ -196,6 +205,7 @@ def combine(
         rows: those of the dispatch; deduplicated ones are weighted already.
         shared_expert: each rank adds the output of a shared expert of its own, which no link carries.
         in_turn: there was a dispatch since the last combine, or no combine yet.
+        loopback: rows of the own experts go in packets, too.
     """
     ranks = require_square(routing)
     row_bytes = hidden * item_bytes
@@ -203,7 +213,8 @@ def combine(
     origin, expert = all_pairs(ranks)
     packet = return_packet_bytes(row_bytes) if header_bytes is None else header_bytes + row_bytes
     moved = rows_between(routing, rows)
-    n = moved.ravel()
+    own = np.diagonal(moved)
+    n = moved.ravel() if loopback else (moved - np.diag(own)).ravel()
     sent, received = (np.asarray(moved.sum(axis=axis), np.int64) for axis in (1, 0))
     send = Transfers(expert, origin, n, n * packet, "source", "packets")
     flag = Signals(expert, origin, n, FLAG_BYTES, "flag", atomic=True)
@@ -216,7 +227,7 @@ def combine(
         Stage("await-flags", (Waits(origin, expert, n, "flag"),)),
         Stage("reduce", work=(Work(every, "reduce", routing.tokens, gathered, added * hidden),)),
     )
-    payload = (received - np.diagonal(moved)) * row_bytes
+    payload = (received - own) * row_bytes
     return Description("combine", "push", ranks, stages, lanes, payload)
 
 
