@@ -7,7 +7,9 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import xccl
@@ -75,3 +77,29 @@ def test_one_of_hundreds_fails_and_all_end() -> None:
     print(f"abort of 448 ranks: {time.monotonic() - start:.1f} s")
     assert "rank 200" in "".join(caught.value.__notes__)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("xccl")]
+
+
+#: A rank's own memory, beside segments: what the interpreter, NumPy, numba and its kernels take that is not shared.
+MAX_PRIVATE_BYTES = 60_000_000
+
+
+def _private_bytes() -> int:
+    fields = dict(line.split()[:2] for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+    return 1024 * (int(fields["Private_Clean:"]) + int(fields["Private_Dirty:"]))
+
+
+def _own_memory(comm: xccl.Communicator) -> int:
+    """After a dispatch and a combine, and a collective."""
+    ep = xccl.ExpertParallel(comm, num_experts=8, hidden=64, top_k=2, max_tokens=8, dtype=np.float16, protocol="direct")
+    x, weights = np.ones((8, 64), np.float16), np.ones((8, 2), np.float32)
+    d = ep.dispatch(x, np.arange(16).reshape(8, 2) % 8)
+    outputs = ep.empty_outputs(d)
+    outputs[:] = 1
+    ep.combine(outputs, d, weights)
+    comm.allreduce(np.ones(1000))
+    comm.barrier()
+    return _private_bytes()
+
+
+def test_a_rank_takes_little_memory_of_its_own() -> None:
+    assert max(xccl.launch(_own_memory, 4)) < MAX_PRIVATE_BYTES
