@@ -36,8 +36,8 @@ are part of the claim. Outputs in place are the caller's, who may write there wh
 9, when P has acquired pulled >= e from all, so after their last reads. All have released before they wait in step 9, so
 that nobody waits for a rank that is there. Own rows are read before an operation returns, too.
 
-Dispatch and combine do not interact, since nothing is shared between their areas, fields and epochs; any mix of calls in
-the same order at all ranks is safe, with a rank delayed at any step (tests/multirank/test_moe_delays.py does that).
+Dispatch and combine do not interact, since nothing is shared between their areas, fields and epochs; any mix of calls
+in the same order at all ranks is safe, with a rank delayed at any step (tests/multirank/test_moe_delays.py does that).
 
 The operands of combine are read where they lie, in an order fixed by the routing, so the result does not depend on
 timing.
