@@ -210,7 +210,16 @@ def test_more_work_takes_longer(operation: str, quant: str, made_up: Machine) ->
 
 
 def test_int8_halves_what_a_dispatch_moves(made_up: Machine) -> None:
-    assert time_us(made_up, "dispatch", 7168, 128, "int8") < 0.7 * time_us(made_up, "dispatch", 7168, 128, "none")
+    """In the paper's form; here own rows that are not quantised skip the managed area, which is half of them."""
+    of_paper = {
+        quant: project(
+            describe_moe("dispatch", ranks=2, tokens=128, experts=32, quant=quant, protocol="pull"), made_up
+        ).time_us
+        for quant in ("int8", "none")
+    }
+    assert of_paper["int8"] < 0.7 * of_paper["none"]
+    assert time_us(made_up, "dispatch", 7168, 128, "int8") < time_us(made_up, "dispatch", 7168, 128, "none")
+    assert time_us(made_up, "dispatch", 7168, 128, "none") < of_paper["none"]
 
 
 def test_the_curve_of_caches_counts(made_up: Machine) -> None:

@@ -63,17 +63,19 @@ def describe_step(
         "item_bytes": DTYPE_OF[CODE_BY_NAME[options.dtype]].itemsize,
         "rows": "dedup" if options.rows == "dedup" else "expanded",
     }
+    # Own rows stay where they are; outputs lie where peers read them only with direct.
     protocol: Any = moe
-    lying: dict[str, bool] = {}
+    quant = _quant(options)
+    of_dispatch, of_combine = {"loopback": quant == "int8"}, {}
     if options.protocol == "direct":
-        protocol, lying = moe_direct, {"in_place": True}  # in `ExpertParallel.empty_outputs`
+        protocol, of_dispatch, of_combine = moe_direct, {}, {"in_place": True}
     if options.protocol == "push":
-        protocol = moe_push
+        protocol, of_combine = moe_push, {"loopback": False}
         # Dispatch after dispatch, or combine after combine, is out of turn; a round trip is not.
         common["in_turn"] = op == "moe"
     make: dict[str, Callable[[], Description]] = {
-        "dispatch": lambda: protocol.dispatch(routing, quant=_quant(options), **common),
-        "combine": lambda: protocol.combine(routing, **common, **lying),
+        "dispatch": lambda: protocol.dispatch(routing, quant=quant, **common, **of_dispatch),
+        "combine": lambda: protocol.combine(routing, **common, **of_combine),
     }
     return [make[name]() for name in (("dispatch", "combine") if op == "moe" else (op,))]
 

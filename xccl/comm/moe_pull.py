@@ -31,12 +31,13 @@ field from P for operation e, P writes neither for a later one. P writes the are
 only after step 0 of e + 1, that is after it acquired pulled >= e from R. R released that value in its step 8 of e,
 after its last read of P's area and of the field in steps 5 to 7. So each of R's reads for e happens before each of P's
 writes for e + 1. The word `pulled` itself has one writer and only grows, and so has the epoch. R can be at most one
-operation behind P: P's step 5 of e + 1 needs R's announcement of e + 1. The places of outputs in the managed area are
-part of the claim. Outputs themselves are the caller's, who may write there when combine returns: that is after step 9,
-when P has acquired pulled >= e from all, so after their last reads. Nobody waits for a rank in step 9, so it makes no
-cycle: all have released before they wait. The own rows of a dispatch are read before it returns, too. Dispatch and
-combine do not interact, since nothing is shared between their areas, fields and epochs; any mix of calls in the same
-order at all ranks is safe, with a rank delayed at any step (tests/multirank/test_moe_delays.py does that).
+operation behind P: P's step 5 of e + 1 needs R's announcement of e + 1. The starts of runs lie in the managed area, and
+are part of the claim. Outputs in place are the caller's, who may write there when combine returns: that is after step
+9, when P has acquired pulled >= e from all, so after their last reads. All have released before they wait in step 9, so
+that nobody waits for a rank that is there. Own rows are read before an operation returns, too.
+
+Dispatch and combine do not interact, since nothing is shared between their areas, fields and epochs; any mix of calls
+in the same order at all ranks is safe, with a rank delayed at any step (tests/multirank/test_moe_delays.py does that).
 
 The operands of combine are read where they lie, in an order fixed by the routing, so the result does not depend on
 timing.
