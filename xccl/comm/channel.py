@@ -22,7 +22,6 @@ from .core import Core
 
 if TYPE_CHECKING:
     from .driver import Driver
-    from .p2p import Request
 
 _CHUNK = 64
 _NAMES = {
@@ -77,7 +76,6 @@ class Channel:
         peer: the other rank.
         sending: this rank sends.
         kind: what it carries, one of the KIND_ codes.
-        under_way: the requests that have not ended, by the address of their record, in order of posting.
         broken: why the channel can't be used any more; None if it can.
         spare: the record for the next blocking call.
     """
@@ -87,7 +85,6 @@ class Channel:
         self.sending = kind not in (KIND_RECEIVE, KIND_PAGED_RECEIVE)
         self.name = _NAMES[kind].format(peer)
         self.kind = kind
-        self.under_way: dict[int, Request] = {}
         self.broken: str | None = None
         self._core = core
         self._driver = driver

@@ -67,17 +67,17 @@ class Request:
     The buffer must not be changed (isend, iput) or read (irecv) before the request is done.
     """
 
-    __slots__ = ("_looked_ns", "_record", "buffer", "channel", "error", "owner", "peer", "trace")
+    # Of the class, as long as they are what they mostly are: a request is made for each message of a stream.
+    error: XcclError | None = None
+    trace: Operation | None = None
+    _looked_ns = 0
 
     def __init__(self, owner: Owner, channel: Channel, buffer: Any, record: OperationRecord) -> None:
         self.owner = owner
         self._record: OperationRecord | None = record
-        self._looked_ns = 0
         self.channel = channel
         self.buffer = buffer
         self.peer = channel.peer
-        self.error: XcclError | None = None
-        self.trace: Operation | None = None
 
     @property
     def done(self) -> bool:
@@ -112,9 +112,10 @@ class Request:
         Raises:
             EventMismatch, UsageError, FabricError, WaitTimeout, PeerDied, SessionAborted: as for `send` and `recv`.
         """
-        timeout_s = self.owner.core.op_timeout_s if timeout_s is None else require_timeout(timeout_s)
+        if timeout_s is not None:
+            timeout_s = require_timeout(timeout_s)
         if self._record is not None:
-            self.owner.wait(self, timeout_s)
+            self.owner.wait(self, self.owner.core.op_timeout_s if timeout_s is None else timeout_s)
         if self.error is not None:
             raise self.error.with_traceback(None)
 
@@ -154,6 +155,7 @@ class PointToPoint:
         self._opened: list[Channel] = []
         self._post_send = core.calls.bind(calls.post_send)
         self._post_receive = core.calls.bind(calls.post_receive)
+        self._direct_wait = core.calls.bind(calls.wait)
 
     # -- starting ---------------------------------------------------------------------------------------------------
 
@@ -265,7 +267,6 @@ class PointToPoint:
 
     def _register(self, channel: Channel, buffer: Any, record: OperationRecord) -> Request:
         request = Request(self, channel, buffer, record)
-        channel.under_way[record.address] = request
         self.driver.add(record.address, request)
         return request
 
@@ -318,7 +319,7 @@ class PointToPoint:
     def _abandon(self, request: Request, reason: str) -> None:
         channel = request.channel
         self._break(channel, reason)
-        for other in list(channel.under_way.values()):
+        for other in [request for request in self.driver.requests.values() if request.channel is channel]:
             self.fail(other, FabricError(f"the channel to {channel.name} is unusable: {reason}", peer=channel.peer))
 
     def _break(self, channel: Channel, reason: str) -> None:
@@ -359,11 +360,17 @@ class PointToPoint:
         """
         core = self.core
         self.driver.collect()
-        if request.is_collected():
+        if request._record is None:
             return
-        core.require_open()
-        assert request._record is not None
         address = request._record.address
+        if began_ns == 0 and done == layout.DONE_NEVER and timeout_s * 1e9 > core.slice_ns:
+            status = self._direct_wait(address)
+            if status != calls.NOT_TAKEN:
+                self.driver.collect()
+                if request._record is None:
+                    return
+                began_ns = core.calls.began_ns()
+        core.require_open()
         now_ns = time.monotonic_ns()
         deadline_ns = (began_ns or now_ns) + int(timeout_s * 1e9)
         while True:
@@ -383,18 +390,16 @@ class PointToPoint:
 
     def end(self, request: Request) -> None:
         """Take note of the end of an operation: nobody else touches its record."""
-        record, channel, error = request._record, request.channel, request.error
+        record = request._record
         assert record is not None
         state = record.words[_STATE]
         if state == layout.STATE_REFUSED:
-            error = self._mismatch(request)
-        elif error is None and state != layout.STATE_DONE:
-            error = self._broken_off(request, state)
-            self._break(channel, f"event {request.word(layout.OP_EVENT_ID)} was broken off")
-        request.error = error
-        if request.trace is not None and error is None:
+            request.error = self._mismatch(request)
+        elif state != layout.STATE_DONE and request.error is None:
+            request.error = self._broken_off(request, state)
+            self._break(request.channel, f"event {request.word(layout.OP_EVENT_ID)} was broken off")
+        if request.trace is not None and request.error is None:
             self._trace(request.trace, request, record)
-        del channel.under_way[record.address]
         self.driver.remove(record.address)
         self.driver.pool.give_back(record)
         request._record = None

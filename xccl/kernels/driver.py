@@ -84,7 +84,9 @@ from .atomics import (
     store_release,
 )
 from .copy import copy_bytes
+from .fastcall import fastcall
 from .kv import step_receive as step_paged_receive, step_send as step_paged_send
+from .objects import new_int, own_state
 from .ring import is_written, slot_of, step_receive, step_send
 from .wait import ABORTED, OK, PENDING, SLICE, futex_wait, futex_wake, now_ns, relax, ring, sched_yield, settle
 from .zerocopy import ENDED, MOVED, locate, withdraw
@@ -181,18 +183,19 @@ def _remove(driver: int, channel: int, previous: int, op: int) -> None:
     store_release(op + OP_STATE, load_i64(op + OP_RESULT))
 
 
-@kernel("int64(int64)")
-def next_ended(driver: int) -> int:
-    """Take one operation off the list of those that have ended; its address, or 0 if there is none."""
+@fastcall
+def next_ended(self, args, count):  # type: ignore[no-untyped-def]
+    """() -> address of an operation that has ended, now off the list of those; 0 if there is none. Bound to the driver."""
+    driver = own_state(self)
     while True:
         op = load_acquire(driver + DR_ENDED)
         if op == 0:
-            return 0
+            return new_int(0)
         if compare_and_swap(driver + DR_ENDED, op, load_i64(op + OP_LINK)) == op:
             # SYNC POINT operation-ended: it is on the list a moment before its state is set.
             while load_acquire(op + OP_STATE) == STATE_UNDER_WAY:
                 cpu_pause()
-            return op
+            return new_int(op)
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------
