@@ -22,7 +22,7 @@ from ..layout import calls as calls_layout, ring as layout
 from ..layout.ring import KIND_COPY, KIND_RECEIVE, KIND_SEND, MAX_LANES
 from ..trace.record import Operation
 from . import traced
-from .buffers import address_of, readable, require_int, writable
+from .buffers import address_of, readable, require_int, require_one_of, writable
 from .channel import Channel, OperationRecord
 from .core import Core, Waiting, require_timeout
 from .driver import Driver
@@ -184,8 +184,8 @@ class PointToPoint:
         peer = require_int(peer, "dst" if sending else "src", 0, core.size - 1)
         event_id = require_int(event_id, "event_id", 0, _MAX_EVENT_ID)
         lanes = require_int(lanes, "lanes", 1, MAX_LANES)
-        mode = _require_one_of(_MODES, mode, "mode")
-        engine = _require_one_of(_ENGINES, engine, "engine")
+        mode = require_one_of(_MODES, mode, "mode")
+        engine = require_one_of(_ENGINES, engine, "engine")
         channel = self._channel(peer, sending=sending)
         address = address_of(array)
         zero_copy = False
@@ -237,7 +237,7 @@ class PointToPoint:
             engine: "mte" or "dma".
             signal: address of a word, what to add to it, control area of its rank; zeros for no signal.
         """
-        by_dma = _require_one_of(_ENGINES, engine, "engine") == "dma"
+        by_dma = require_one_of(_ENGINES, engine, "engine") == "dma"
         if by_dma:
             self.driver.start_engine()
         channel = self.driver.copies
@@ -260,6 +260,8 @@ class PointToPoint:
             channel = self._channels[peer, sending] = Channel(self.core, self.driver, peer, kind=kind)
             self.core.calls.set_channel(peer, sending, channel.address)
         if channel.broken is not None:
+            # If the other rank has died, that explains more.
+            self.core.check_session(lambda: Waiting("send" if sending else "recv", None, peer))
             raise FabricError(
                 f"rank {self.core.rank}: the channel to {channel.name} is unusable: {channel.broken}", peer=peer
             )
@@ -360,14 +362,15 @@ class PointToPoint:
         """
         core = self.core
         self.driver.collect()
-        if request._record is None:
+        if request.is_collected():
             return
+        assert request._record is not None
         address = request._record.address
         if began_ns == 0 and done == layout.DONE_NEVER and timeout_s * 1e9 > core.slice_ns:
             status = self._direct_wait(address)
             if status != calls.NOT_TAKEN:
                 self.driver.collect()
-                if request._record is None:
+                if request.is_collected():
                     return
                 began_ns = core.calls.began_ns()
         core.require_open()
@@ -493,9 +496,3 @@ class PointToPoint:
             if not request.is_collected():
                 core = request.owner.core
                 request.owner.fail(request, FabricError(f"rank {core.rank} has left the session", rank=core.rank))
-
-
-def _require_one_of(allowed: tuple[str, ...], value: Any, name: str) -> str:
-    if str(value) not in allowed:
-        raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {value!r}", value=value, bound=allowed)
-    return str(value)
