@@ -123,3 +123,14 @@ def _references(buffers: list[tuple[npt.NDArray[np.uint8], int]]) -> int:
 
 
 _REFERENCES_OF_THE_POOL = _references([(np.empty(1, np.uint8), 0)])
+
+
+def require_one_of(allowed: tuple[str, ...], value: Any, name: str) -> str:
+    """One of several words.
+
+    Raises:
+        UsageError: it is none of them.
+    """
+    if str(value) not in allowed:
+        raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {value!r}", value=value, bound=allowed)
+    return str(value)

@@ -15,14 +15,12 @@ from ..layout.ring import (
     KIND_PAGED_SEND,
     KIND_RECEIVE,
     KIND_SEND,
-    MAX_LANES,
     OPERATION,
 )
 from .core import Core
 
 if TYPE_CHECKING:
     from .driver import Driver
-    from .p2p import Request
 
 _CHUNK = 64
 _NAMES = {
@@ -77,7 +75,6 @@ class Channel:
         peer: the other rank.
         sending: this rank sends.
         kind: what it carries, one of the KIND_ codes.
-        under_way: the requests that have not ended, by the address of their record, in order of posting.
         broken: why the channel can't be used any more; None if it can.
         spare: the record for the next blocking call.
     """
@@ -87,7 +84,6 @@ class Channel:
         self.sending = kind not in (KIND_RECEIVE, KIND_PAGED_RECEIVE)
         self.name = _NAMES[kind].format(peer)
         self.kind = kind
-        self.under_way: dict[int, Request] = {}
         self.broken: str | None = None
         self._core = core
         self._driver = driver
@@ -113,8 +109,8 @@ class Channel:
         acks = geometry.ack_fields_offset(receiver)
         ring_offset = geometry.ring_offset(sender)
         # Either side may come first, and touches both; committing twice costs nothing.
-        fabric.commit(receiver, fields, MAX_LANES * layout.FIELD_BYTES)
-        fabric.commit(sender, acks, geometry.fields_per_peer_bytes - MAX_LANES * layout.FIELD_BYTES)
+        fabric.commit(receiver, fields, geometry.ack_fields_offset(0) - geometry.data_fields_offset(0))
+        fabric.commit(sender, acks, geometry.data_fields_offset(1) - geometry.ack_fields_offset(0))
         fabric.commit(receiver, ring_offset, geometry.ring_bytes)
         reach, pid = fabric.private_reach(peer)
         self._set(
@@ -122,6 +118,7 @@ class Channel:
                 layout.CH_PEER_CONTROL: int(fabric.controls[peer]),
                 layout.CH_RING: int(segments[receiver]) + ring_offset,
                 layout.CH_DATA_FIELDS: int(segments[receiver]) + fields,
+                layout.CH_PUSHES: int(segments[receiver]) + geometry.pushes_offset(sender),
                 layout.CH_ACK_FIELDS: int(segments[sender]) + acks,
                 layout.CH_SLOTS: geometry.ring_slots,
                 layout.CH_SLOT_BYTES: geometry.slot_bytes,

@@ -49,6 +49,7 @@ class Driver:
         self._old_tables: list[npt.NDArray[np.int64]] = []
         self._words[layout.DR_CONTROL // 8] = core.control
         self._words[layout.DR_CHANNELS // 8] = self._table.ctypes.data
+        self._next_ended = kernels.next_ended.bind(self.address)
         self._copies: Channel | None = None
         self._engine: DmaEngine | None = None
 
@@ -89,15 +90,16 @@ class Driver:
 
     def add(self, address: int, request: Request) -> None:
         """A request is under way."""
+        if not self.requests:
+            self._core.progress = self.progress
+            self._words[_REQUESTS] = 1
         self.requests[address] = request
-        self._core.progress = self.progress
-        self._words[_REQUESTS] = len(self.requests)
 
     def remove(self, address: int) -> None:
         """A request was collected."""
         del self.requests[address]
-        self._words[_REQUESTS] = len(self.requests)
         if not self.requests:
+            self._words[_REQUESTS] = 0
             self._core.progress = None
 
     def progress(self) -> int:
@@ -109,7 +111,7 @@ class Driver:
     def collect(self) -> None:
         """Let the owners of all operations that have ended take note of it."""
         while self._words[_ENDED]:
-            request = self.requests.get(kernels.next_ended.call(self.address))
+            request = self.requests.get(self._next_ended())
             # A signal's exception may come between the post of an operation and `add`: nobody waits for that one.
             if request is not None:
                 request.owner.end(request)

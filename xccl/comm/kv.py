@@ -207,7 +207,6 @@ class KVTransfer:
         if self.core.trace is not None:
             request.trace = self.core.trace.start(request.name, request.request_id)
         self.requests.enter(request)
-        request.channel.under_way[record.address] = request
         driver = self._p2p.driver
         driver.add(record.address, request)
         driver_kernels.post_paged.call(

@@ -140,7 +140,6 @@ class Book:
         request.settle(record)
         if state != STATE_DONE and request.error is None:
             request.error = request.failure(record, state)
-        del request.channel.under_way[record.address]
         self._p2p.driver.remove(record.address)
         self._p2p.driver.pool.give_back(record)
         request._record = None

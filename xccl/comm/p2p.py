@@ -22,7 +22,7 @@ from ..layout import calls as calls_layout, ring as layout
 from ..layout.ring import KIND_COPY, KIND_RECEIVE, KIND_SEND, MAX_LANES
 from ..trace.record import Operation
 from . import traced
-from .buffers import address_of, readable, require_int, writable
+from .buffers import address_of, readable, require_int, require_one_of, writable
 from .channel import Channel, OperationRecord
 from .core import Core, Waiting, require_timeout
 from .driver import Driver
@@ -67,17 +67,17 @@ class Request:
     The buffer must not be changed (isend, iput) or read (irecv) before the request is done.
     """
 
-    __slots__ = ("_looked_ns", "_record", "buffer", "channel", "error", "owner", "peer", "trace")
+    # Of the class, as long as they are what they mostly are: a request is made for each message of a stream.
+    error: XcclError | None = None
+    trace: Operation | None = None
+    _looked_ns = 0
 
     def __init__(self, owner: Owner, channel: Channel, buffer: Any, record: OperationRecord) -> None:
         self.owner = owner
         self._record: OperationRecord | None = record
-        self._looked_ns = 0
         self.channel = channel
         self.buffer = buffer
         self.peer = channel.peer
-        self.error: XcclError | None = None
-        self.trace: Operation | None = None
 
     @property
     def done(self) -> bool:
@@ -112,9 +112,10 @@ class Request:
         Raises:
             EventMismatch, UsageError, FabricError, WaitTimeout, PeerDied, SessionAborted: as for `send` and `recv`.
         """
-        timeout_s = self.owner.core.op_timeout_s if timeout_s is None else require_timeout(timeout_s)
+        if timeout_s is not None:
+            timeout_s = require_timeout(timeout_s)
         if self._record is not None:
-            self.owner.wait(self, timeout_s)
+            self.owner.wait(self, self.owner.core.op_timeout_s if timeout_s is None else timeout_s)
         if self.error is not None:
             raise self.error.with_traceback(None)
 
@@ -154,6 +155,7 @@ class PointToPoint:
         self._opened: list[Channel] = []
         self._post_send = core.calls.bind(calls.post_send)
         self._post_receive = core.calls.bind(calls.post_receive)
+        self._direct_wait = core.calls.bind(calls.wait)
 
     # -- starting ---------------------------------------------------------------------------------------------------
 
@@ -182,8 +184,8 @@ class PointToPoint:
         peer = require_int(peer, "dst" if sending else "src", 0, core.size - 1)
         event_id = require_int(event_id, "event_id", 0, _MAX_EVENT_ID)
         lanes = require_int(lanes, "lanes", 1, MAX_LANES)
-        mode = _require_one_of(_MODES, mode, "mode")
-        engine = _require_one_of(_ENGINES, engine, "engine")
+        mode = require_one_of(_MODES, mode, "mode")
+        engine = require_one_of(_ENGINES, engine, "engine")
         channel = self._channel(peer, sending=sending)
         address = address_of(array)
         zero_copy = False
@@ -235,7 +237,7 @@ class PointToPoint:
             engine: "mte" or "dma".
             signal: address of a word, what to add to it, control area of its rank; zeros for no signal.
         """
-        by_dma = _require_one_of(_ENGINES, engine, "engine") == "dma"
+        by_dma = require_one_of(_ENGINES, engine, "engine") == "dma"
         if by_dma:
             self.driver.start_engine()
         channel = self.driver.copies
@@ -258,6 +260,8 @@ class PointToPoint:
             channel = self._channels[peer, sending] = Channel(self.core, self.driver, peer, kind=kind)
             self.core.calls.set_channel(peer, sending, channel.address)
         if channel.broken is not None:
+            # If the other rank has died, that explains more.
+            self.core.check_session(lambda: Waiting("send" if sending else "recv", None, peer))
             raise FabricError(
                 f"rank {self.core.rank}: the channel to {channel.name} is unusable: {channel.broken}", peer=peer
             )
@@ -265,7 +269,6 @@ class PointToPoint:
 
     def _register(self, channel: Channel, buffer: Any, record: OperationRecord) -> Request:
         request = Request(self, channel, buffer, record)
-        channel.under_way[record.address] = request
         self.driver.add(record.address, request)
         return request
 
@@ -318,7 +321,7 @@ class PointToPoint:
     def _abandon(self, request: Request, reason: str) -> None:
         channel = request.channel
         self._break(channel, reason)
-        for other in list(channel.under_way.values()):
+        for other in [request for request in self.driver.requests.values() if request.channel is channel]:
             self.fail(other, FabricError(f"the channel to {channel.name} is unusable: {reason}", peer=channel.peer))
 
     def _break(self, channel: Channel, reason: str) -> None:
@@ -361,9 +364,16 @@ class PointToPoint:
         self.driver.collect()
         if request.is_collected():
             return
-        core.require_open()
         assert request._record is not None
         address = request._record.address
+        if began_ns == 0 and done == layout.DONE_NEVER and timeout_s * 1e9 > core.slice_ns:
+            status = self._direct_wait(address)
+            if status != calls.NOT_TAKEN:
+                self.driver.collect()
+                if request.is_collected():
+                    return
+                began_ns = core.calls.began_ns()
+        core.require_open()
         now_ns = time.monotonic_ns()
         deadline_ns = (began_ns or now_ns) + int(timeout_s * 1e9)
         while True:
@@ -383,18 +393,16 @@ class PointToPoint:
 
     def end(self, request: Request) -> None:
         """Take note of the end of an operation: nobody else touches its record."""
-        record, channel, error = request._record, request.channel, request.error
+        record = request._record
         assert record is not None
         state = record.words[_STATE]
         if state == layout.STATE_REFUSED:
-            error = self._mismatch(request)
-        elif error is None and state != layout.STATE_DONE:
-            error = self._broken_off(request, state)
-            self._break(channel, f"event {request.word(layout.OP_EVENT_ID)} was broken off")
-        request.error = error
-        if request.trace is not None and error is None:
+            request.error = self._mismatch(request)
+        elif state != layout.STATE_DONE and request.error is None:
+            request.error = self._broken_off(request, state)
+            self._break(request.channel, f"event {request.word(layout.OP_EVENT_ID)} was broken off")
+        if request.trace is not None and request.error is None:
             self._trace(request.trace, request, record)
-        del channel.under_way[record.address]
         self.driver.remove(record.address)
         self.driver.pool.give_back(record)
         request._record = None
@@ -489,9 +497,3 @@ class PointToPoint:
             if not request.is_collected():
                 core = request.owner.core
                 request.owner.fail(request, FabricError(f"rank {core.rank} has left the session", rank=core.rank))
-
-
-def _require_one_of(allowed: tuple[str, ...], value: Any, name: str) -> str:
-    if str(value) not in allowed:
-        raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {value!r}", value=value, bound=allowed)
-    return str(value)

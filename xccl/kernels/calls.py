@@ -358,3 +358,19 @@ def post_send(self, args, count):  # type: ignore[no-untyped-def]
 def post_receive(self, args, count):  # type: ignore[no-untyped-def]
     """(buffer, src, event_id, lanes, mode, engine, record) -> see `_post`."""
     return new_int(_post(own_state(self), args, False))
+
+
+@fastcall
+def wait(self, args, count):  # type: ignore[no-untyped-def]
+    """(record,) -> OK if the operation has ended, NOT_TAKEN, or why it was not waited for any longer than a slice."""
+    calls = own_state(self)
+    op = as_index(calls, argument(args, 0), 1, _MAX_INDEX)
+    if load_i64(calls + CA_DETOUR) != 0 or op < 0:
+        return new_int(NOT_TAKEN)
+    store_i64(calls + CA_BEGAN_NS, now_ns())
+    driver = load_i64(calls + CA_DRIVER)
+    until_ns = load_i64(calls + CA_BEGAN_NS) + load_i64(calls + CA_SLICE_NS)
+    thread = release_lock()
+    status = wait_for_ended(driver, op, DONE_NEVER, until_ns)
+    take_lock(thread)
+    return new_int(status)

@@ -84,10 +84,12 @@ from .atomics import (
     store_release,
 )
 from .copy import copy_bytes
+from .fastcall import fastcall
 from .kv import step_receive as step_paged_receive, step_send as step_paged_send
-from .ring import is_written, slot_of, step_receive, step_send
+from .objects import new_int, own_state
+from .ring import is_written, step_receive, step_send, withdraw_receive, withdraw_send
 from .wait import ABORTED, OK, PENDING, SLICE, futex_wait, futex_wake, now_ns, relax, ring, sched_yield, settle
-from .zerocopy import ENDED, MOVED, locate, withdraw
+from .zerocopy import ENDED, MOVED, locate
 
 #: Bytes that one step of a list of copies moves before it looks at anything else.
 _COPY_BYTES_A_STEP = 1 << 20
@@ -181,18 +183,19 @@ def _remove(driver: int, channel: int, previous: int, op: int) -> None:
     store_release(op + OP_STATE, load_i64(op + OP_RESULT))
 
 
-@kernel("int64(int64)")
-def next_ended(driver: int) -> int:
-    """Take one operation off the list of those that have ended; its address, or 0 if there is none."""
+@fastcall
+def next_ended(self, args, count):  # type: ignore[no-untyped-def]
+    """() -> address of an operation, now off the list of those that have ended, or 0. It is bound to the driver."""
+    driver = own_state(self)
     while True:
         op = load_acquire(driver + DR_ENDED)
         if op == 0:
-            return 0
+            return new_int(0)
         if compare_and_swap(driver + DR_ENDED, op, load_i64(op + OP_LINK)) == op:
             # SYNC POINT operation-ended: it is on the list a moment before its state is set.
             while load_acquire(op + OP_STATE) == STATE_UNDER_WAY:
                 cpu_pause()
-            return op
+            return new_int(op)
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------
@@ -437,10 +440,11 @@ def give_up(driver: int, op: int, until_ns: int) -> int:
         previous = at
         at = load_i64(at + OP_LINK)
     if at == op:
-        if load_i64(op + OP_FORM) != FORM_RING and load_i64(op + OP_CHUNKS) != 0:
-            sending = load_i64(channel + CH_KIND) == KIND_SEND
-            if not sending or load_i64(op + OP_DONE) != 0:
-                status = withdraw(op, slot_of(channel, op), sending, until_ns)
+        kind = load_i64(channel + CH_KIND)
+        if kind == KIND_SEND:
+            status = withdraw_send(channel, op, until_ns)
+        elif kind == KIND_RECEIVE:
+            status = withdraw_receive(channel, op, until_ns)
         store_i64(op + OP_RESULT, STATE_WITHDRAWN)
         _remove(driver, channel, previous, op)
     _unlock(driver, channel)

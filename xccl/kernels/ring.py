@@ -68,12 +68,14 @@ from ..layout.ring import (
     OP_PEER_LANES,
     OP_PLACE,
     OP_RESULT,
+    OP_TAKES,
     REFUSAL_BYTES,
     RF_BYTES,
     RF_EVENT_ID,
     RF_LANES,
     RF_STAMP,
     SLOT_CHUNK_BYTES,
+    SLOT_CLAIMS,
     SLOT_EVENT_ID,
     SLOT_FIRST,
     SLOT_FORM,
@@ -83,12 +85,27 @@ from ..layout.ring import (
     SLOT_PLACE,
     STATE_DONE,
     STATE_REFUSED,
+    TAKES,
+    TAKES_LATER,
+    ZERO_COPY_BYTES,
 )
 from ._jit import device
-from .atomics import load_acquire, load_i64, remainder, store_i64, store_release
+from .atomics import fetch_add, load_acquire, load_i64, remainder, store_i64, store_release
 from .copy import copy_bytes
-from .wait import PENDING, ring
-from .zerocopy import ENDED, MOVED, offer, piece_bytes, pull, push, set_up_transfer
+from .wait import OK, PENDING, ring
+from .zerocopy import (
+    ALL_TAKEN,
+    ENDED,
+    MOVED,
+    await_pushed,
+    offer,
+    piece_bytes,
+    pull,
+    push,
+    set_up_transfer,
+    take_back,
+    withdraw,
+)
 
 
 @device
@@ -248,9 +265,11 @@ def is_written(op: int) -> bool:
 
 
 @device
-def slot_of(channel: int, op: int) -> int:
-    """The slot in which a message begins that was announced or accepted."""
-    return _slot(channel, load_i64(op + OP_FIRST))
+def withdraw_send(channel: int, op: int, until_ns: int) -> int:
+    """See that nobody reads the buffer of a send any more: OK, or SLICE."""
+    if load_i64(op + OP_FORM) == FORM_RING or load_i64(op + OP_CHUNKS) == 0 or load_i64(op + OP_DONE) == 0:
+        return OK
+    return withdraw(channel, op, _slot(channel, load_i64(op + OP_FIRST)), True, until_ns)
 
 
 # -- receiver ---------------------------------------------------------------------------------------------------------
@@ -326,7 +345,8 @@ def _accept(channel: int, op: int, slot: int) -> None:
     if form != FORM_RING:
         store_i64(op + OP_CHUNKS, 1)
         store_i64(op + OP_PLACE, load_i64(slot + SLOT_PLACE))
-        offer(channel, op)
+        if load_i64(op + OP_TAKES) == TAKES_LATER:
+            offer(channel, op)
     elif n_bytes <= chunk_bytes:
         store_i64(op + OP_CHUNKS, 1)
     else:
@@ -346,15 +366,30 @@ def _read_chunk(channel: int, op: int, slot: int) -> None:
 
 
 @device
+def _offer_ahead(channel: int, op: int) -> None:
+    """Tell the sender of a message that has not come where it goes, if its position is known; not if it is short."""
+    if load_i64(op + OP_TAKES) != TAKES_LATER or load_i64(op + OP_BYTES) < ZERO_COPY_BYTES:
+        return
+    # Chunks of a message that was refused may come before it.
+    if load_i64(op + OP_CHUNKS) == 0 and load_i64(channel + CH_STALE_LANES) == 0:
+        store_i64(op + OP_FIRST, load_i64(channel + CH_NEXT))
+        store_i64(op + OP_CHUNK_BYTES, piece_bytes(load_i64(op + OP_BYTES), load_i64(op + OP_LANES)))
+        offer(channel, op)
+
+
+@device
 def step_receive(channel: int, op: int) -> int:
     """Steps 5 to 7: check the first chunk's header, copy and acknowledge all chunks that are there.
 
     The operation must be the first of its channel. Returns PENDING, MOVED or ENDED.
     """
+    if load_i64(op + OP_FORM) != FORM_RING and load_i64(op + OP_DONE) != 0:
+        return await_pushed(channel, op)
     status = PENDING
     # No more than one ring at a time, so that a call ends although a sender keeps pace with it.
     for _ in range(load_i64(channel + CH_SLOTS)):
         if not _published(channel, op):
+            _offer_ahead(channel, op)
             return status
         status = MOVED
         position = load_i64(channel + CH_NEXT)
@@ -366,6 +401,8 @@ def step_receive(channel: int, op: int) -> int:
                 _acknowledge(channel, op, position - load_i64(slot + SLOT_FIRST), lanes)
                 continue
             store_i64(channel + CH_STALE_LANES, 0)
+            if load_i64(op + OP_TAKES) == TAKES:
+                fetch_add(slot + SLOT_CLAIMS, 0)  # gets the line that both sides write in one go, not to read it first
             if not _is_expected(op, slot):
                 _refuse(channel, op, slot)
                 store_i64(op + OP_RESULT, STATE_REFUSED)
@@ -373,12 +410,28 @@ def step_receive(channel: int, op: int) -> int:
             _accept(channel, op, slot)
         if load_i64(op + OP_FORM) != FORM_RING:
             status = pull(channel, op, slot)
-            if status == ENDED and load_i64(op + OP_RESULT) == STATE_DONE:
-                _acknowledge(channel, op, 0, 1)
-                store_i64(op + OP_DONE, 1)
-            return status
+            if status != ALL_TAKEN:
+                return status
+            _acknowledge(channel, op, 0, 1)
+            store_i64(op + OP_DONE, 1)
+            return ENDED if await_pushed(channel, op) == ENDED else MOVED
         _read_chunk(channel, op, slot)
         if load_i64(op + OP_DONE) == load_i64(op + OP_CHUNKS):
             store_i64(op + OP_RESULT, STATE_DONE)
             return ENDED
     return status
+
+
+@device
+def withdraw_receive(channel: int, op: int, until_ns: int) -> int:
+    """See that nobody writes to the buffer of a receive any more: OK, or SLICE."""
+    slot = _slot(channel, load_i64(op + OP_FIRST))
+    if load_i64(op + OP_CHUNKS) == 0:
+        if load_i64(op + OP_TAKES) == TAKES_LATER:
+            return OK
+        take_back(channel, op)
+        if not _published(channel, op) or load_i64(slot + SLOT_FORM) == FORM_RING or not _is_expected(op, slot):
+            return OK
+    elif load_i64(op + OP_FORM) == FORM_RING:
+        return OK
+    return withdraw(channel, op, slot, False, until_ns)

@@ -1,8 +1,8 @@
 """Zero-copy messages: from the sender's buffer to the receiver's, and not through the ring (XDS section 3.1).
 
 Rules
-- A zero-copy message takes one ring position. Its slot holds no payload but the place of the sender's buffer, and a
-  transfer record. Order, checks, refusals and the acknowledgement are those of any message (`kernels.ring`).
+- A zero-copy message takes one ring position. Its slot holds no payload but the place of the sender's buffer, claims,
+  and a transfer record. Order, checks, refusals and the acknowledgement are those of any message (`kernels.ring`).
 - A place is an offset in the segment of its rank, if the buffer lies there (app data area), else an address in the
   private memory of its rank. Segments are reached by load and store. Private memory is, too, if ranks are threads; if
   they are processes, the operating system's kernel copies from one to the other (process_vm_readv, process_vm_writev).
@@ -11,22 +11,32 @@ Rules
   its metadata area, and takes pieces from the back and pushes them: two cores copy, and they meet in the middle. Which
   pieces are taken by whom depends on timing, the result does not. A sender that computes meanwhile loses nothing: then
   the receiver pulls all of them.
-- The receiver acknowledges when all pieces are there.
+- A receiver that is there first answers before the message has come: it knows the position. The sender compares event,
+  size and lanes, as the receiver will, and pushes nothing to one who expects another message.
+- The receiver acknowledges when all pieces are taken, and its own are there; then it waits for those that the sender
+  has taken. The sender, which has copied its own, is done with the acknowledgement.
 
-Theory of operation. A piece is taken by an addition to the transfer record's claims: the sum of both counts before it
-says whether a piece was left, so each piece is taken once. Each side counts the pieces that it has copied, and releases
-the count. The receiver is done when its own pieces and those of the sender are. The record is cleared by the sender
-before the slot is announced, and not used again before the position was acknowledged.
+Theory of operation. A piece is taken by an addition to the slot's claims: the sum of both counts before it says whether
+a piece was left, so each piece is taken once. Each side counts the pieces that it has copied, and releases the count.
+Claims and the receiver's count are in the slot: the sender clears them before it announces the slot, and does not use
+them again before the position was acknowledged. The sender's count is that of all messages so far, in a word of its own
+that is never cleared: the receiver waits for it after the acknowledgement, when the slot may have another message.
+A sender that has taken a piece copies it in the same step, so what is taken comes, unless the sender dies or fails.
 
 Neither side may touch a buffer whose owner has taken it back. Who gives a message up closes the claims by one more
 addition, and then waits until the piece that the other side may be copying is done (`withdraw`); nothing can be taken
-after that.
+after that. Who has answered a message that has not come takes the answer back first (`take_back`). Sender and receiver
+both have a full fence between what they write and what they look at, so either the sender finds no answer, or the
+receiver finds the message, and closes its claims.
 """
 
 from __future__ import annotations
 
 from ..layout.ring import (
+    AN_BYTES,
+    AN_EVENT_ID,
     AN_FORM,
+    AN_LANES,
     AN_PLACE,
     AN_STAMP,
     ANSWER_BYTES,
@@ -35,6 +45,8 @@ from ..layout.ring import (
     CH_PEER_CONTROL,
     CH_PEER_PID,
     CH_PEER_SEGMENT,
+    CH_PUSHED,
+    CH_PUSHES,
     CH_REACH,
     CH_SEGMENT_BYTES,
     CH_SLOTS,
@@ -51,17 +63,24 @@ from ..layout.ring import (
     OP_BUFFER,
     OP_BYTES,
     OP_CHUNK_BYTES,
+    OP_DONE,
+    OP_EVENT_ID,
     OP_FIRST,
     OP_FORM,
+    OP_LANES,
     OP_MOVED,
     OP_PIECES,
     OP_PLACE,
+    OP_PUSHED,
     OP_RESULT,
     OP_TAKES,
     OP_TARGET_FORM,
     OP_TARGET_PLACE,
+    PU_COUNT,
+    PUSH_FAILED,
     REACH_DIRECT,
     REACH_NONE,
+    SLOT_CLAIMS,
     SLOT_HEADER_BYTES,
     STATE_DONE,
     STATE_FAILED,
@@ -69,19 +88,19 @@ from ..layout.ring import (
     TAKES,
     TAKES_LATER,
     TAKES_NO_MORE,
-    TR_CLAIMS,
     TR_PULLED,
-    TR_PUSHED,
 )
 from ._jit import device
-from .atomics import fetch_add, load_acquire, load_i64, remainder, store_i64, store_release
+from .atomics import fence_seq_cst, fetch_add, load_acquire, load_i64, remainder, store_i64, store_release
 from .copy import copy_bytes
 from .processes import read_memory, write_memory
-from .wait import OK, PENDING, SLICE, now_ns, ring, sched_yield
+from .wait import OK, PENDING, SLICE, now_ns, ring, sched_yield, waiters, wake
 
 #: What a step has done: something, or the last thing (beside PENDING: nothing).
 MOVED = 1
 ENDED = 2
+#: Of a pull: all pieces are taken, and those of this side are there.
+ALL_TAKEN = 3
 
 #: Pieces that a receiver pulls before it looks at anything else.
 _PIECES_A_STEP = 4
@@ -123,9 +142,14 @@ def _move_between(channel: int, own: int, form: int, place: int, n_bytes: int, o
 
 
 @device
-def _taken(before: int) -> int:
+def _taken_by_sender(claims: int) -> int:
+    return (claims // CLAIM_BACK) & CLAIM_MASK
+
+
+@device
+def _taken(claims: int) -> int:
     """Pieces taken by both sides."""
-    return (before & CLAIM_MASK) + ((before // CLAIM_BACK) & CLAIM_MASK)
+    return (claims & CLAIM_MASK) + _taken_by_sender(claims)
 
 
 @device
@@ -146,20 +170,31 @@ def _number_of_pieces(op: int) -> int:
 @device
 def set_up_transfer(slot: int, op: int) -> None:
     """Clear the transfer record of a slot that is about to be announced."""
-    transfer = slot + SLOT_HEADER_BYTES
-    store_i64(transfer + TR_CLAIMS, 0)
-    store_i64(transfer + TR_PULLED, 0)
-    store_i64(transfer + TR_PUSHED, 0)
+    store_i64(slot + SLOT_CLAIMS, 0)
+    store_i64(slot + SLOT_HEADER_BYTES + TR_PULLED, 0)
     store_i64(op + OP_PIECES, _number_of_pieces(op))
+
+
+@device
+def _answer(channel: int, position: int) -> int:
+    """Address of the answer to the message that begins at a position."""
+    return load_i64(channel + CH_ANSWER_TABLE) + remainder(position, load_i64(channel + CH_SLOTS)) * ANSWER_BYTES
 
 
 @device
 def _is_answered(channel: int, op: int) -> bool:
     """Has the receiver said where the message goes? If so, note it."""
     first = load_i64(op + OP_FIRST)
-    answer = load_i64(channel + CH_ANSWER_TABLE) + remainder(first, load_i64(channel + CH_SLOTS)) * ANSWER_BYTES
+    answer = _answer(channel, first)
     # SYNC POINT ring-answer: acquires what `offer` wrote before it released the stamp.
     if load_acquire(answer + AN_STAMP) != first + 1:
+        return False
+    # An answer that came before the message may be one to another message: then this one will be refused.
+    if (
+        load_i64(answer + AN_EVENT_ID) != load_i64(op + OP_EVENT_ID)
+        or load_i64(answer + AN_BYTES) != load_i64(op + OP_BYTES)
+        or load_i64(answer + AN_LANES) != load_i64(op + OP_LANES)
+    ):
         return False
     store_i64(op + OP_TARGET_FORM, load_i64(answer + AN_FORM))
     store_i64(op + OP_TARGET_PLACE, load_i64(answer + AN_PLACE))
@@ -174,9 +209,8 @@ def push(channel: int, op: int, slot: int) -> int:
         return PENDING
     if load_i64(op + OP_TAKES) == TAKES_LATER and not _is_answered(channel, op):
         return PENDING
-    transfer = slot + SLOT_HEADER_BYTES
     pieces = load_i64(op + OP_PIECES)
-    before = fetch_add(transfer + TR_CLAIMS, CLAIM_BACK)
+    before = fetch_add(slot + SLOT_CLAIMS, CLAIM_BACK)
     if before >= CLAIM_CLOSED or _taken(before) >= pieces:
         store_i64(op + OP_TAKES, TAKES_NO_MORE)
         return PENDING
@@ -184,12 +218,16 @@ def push(channel: int, op: int, slot: int) -> int:
     start, n_bytes = _piece(op, pieces - 1 - pushed)
     own, place = load_i64(op + OP_BUFFER) + start, load_i64(op + OP_TARGET_PLACE) + start
     if not _move_between(channel, own, load_i64(op + OP_TARGET_FORM), place, n_bytes, True):
-        fetch_add(transfer + TR_CLAIMS, CLAIM_CLOSED)
+        fetch_add(slot + SLOT_CLAIMS, CLAIM_CLOSED)
+        store_release(load_i64(channel + CH_PUSHES) + PU_COUNT, PUSH_FAILED)
+        ring(load_i64(channel + CH_PEER_CONTROL))
         store_i64(op + OP_RESULT, STATE_FAILED)
         return ENDED
     store_i64(op + OP_MOVED, pushed + 1)
-    # SYNC POINT ring-pushed: released after the piece; `pull` acquires it.
-    store_release(transfer + TR_PUSHED, pushed + 1)
+    count = load_i64(channel + CH_PUSHED) + 1
+    store_i64(channel + CH_PUSHED, count)
+    # SYNC POINT ring-pushed: released after the piece; `await_pushed` acquires it.
+    store_release(load_i64(channel + CH_PUSHES) + PU_COUNT, count)
     ring(load_i64(channel + CH_PEER_CONTROL))
     return MOVED
 
@@ -199,7 +237,10 @@ def push(channel: int, op: int, slot: int) -> int:
 
 @device
 def offer(channel: int, op: int) -> None:
-    """Begin to receive; tell the sender where the message goes, if there is a piece for it and it can reach that."""
+    """Begin to receive; tell the sender where the message goes, if there is a piece for it and it can reach that.
+
+    The sender is not woken, since it does not need to help: who has accepted a message does that (`pull`).
+    """
     pieces = _number_of_pieces(op)
     store_i64(op + OP_PIECES, pieces)
     store_i64(op + OP_TAKES, TAKES)
@@ -209,67 +250,109 @@ def offer(channel: int, op: int) -> None:
     if form == FORM_RING:
         return
     first = load_i64(op + OP_FIRST)
-    answer = load_i64(channel + CH_ANSWER_TABLE) + remainder(first, load_i64(channel + CH_SLOTS)) * ANSWER_BYTES
+    answer = _answer(channel, first)
     store_i64(answer + AN_FORM, form)
     store_i64(answer + AN_PLACE, place)
-    # SYNC POINT ring-answer: released after form and place; `_is_answered` acquires it.
+    store_i64(answer + AN_EVENT_ID, load_i64(op + OP_EVENT_ID))
+    store_i64(answer + AN_BYTES, load_i64(op + OP_BYTES))
+    store_i64(answer + AN_LANES, load_i64(op + OP_LANES))
+    # SYNC POINT ring-answer: released after the rest; `_is_answered` acquires it.
     store_release(answer + AN_STAMP, first + 1)
-    ring(load_i64(channel + CH_PEER_CONTROL))
     store_i64(op + OP_TARGET_FORM, form)
 
 
 @device
+def take_back(channel: int, op: int) -> None:
+    """Undo an `offer` for a message that had not come. If it has come now, its sender may have seen the answer."""
+    store_i64(_answer(channel, load_i64(op + OP_FIRST)) + AN_STAMP, 0)
+    # SYNC POINT ring-answer-ahead: between the answer and the look at the data field. The sender has one between data
+    # field and answer (`ring`), so either it does not see the answer, or this rank sees the message.
+    fence_seq_cst()
+
+
+@device
 def pull(channel: int, op: int, slot: int) -> int:
-    """Take pieces from the front, and read them; end when those of the sender are there too."""
+    """Take pieces from the front, and read them. ALL_TAKEN when there is none left: the sender takes the others."""
     transfer = slot + SLOT_HEADER_BYTES
     pieces = load_i64(op + OP_PIECES)
-    status = PENDING
     n = 0
-    while load_i64(op + OP_TAKES) == TAKES:
+    while load_i64(op + OP_MOVED) < pieces:
         if n == _PIECES_A_STEP:
             return MOVED
         n += 1
-        before = fetch_add(transfer + TR_CLAIMS, CLAIM_FRONT)
-        if before >= CLAIM_CLOSED or _taken(before) >= pieces:
-            store_i64(op + OP_TAKES, TAKES_NO_MORE)
+        if n > 1 and _taken(load_acquire(slot + SLOT_CLAIMS)) >= pieces:
             break
+        before = fetch_add(slot + SLOT_CLAIMS, CLAIM_FRONT)
+        if n == 1 and waiters(load_i64(channel + CH_PEER_CONTROL)) > 0:
+            # SYNC POINT doorbell: for the answer; the addition is the full fence in between.
+            wake(load_i64(channel + CH_PEER_CONTROL))
         pulled = load_i64(op + OP_MOVED)
+        if before >= CLAIM_CLOSED:
+            _count_pushed(channel, op, before)
+            store_i64(op + OP_RESULT, STATE_WITHDRAWN)
+            return ENDED
+        if _taken(before) >= pieces:
+            break
         start, n_bytes = _piece(op, pulled)
         own, place = load_i64(op + OP_BUFFER) + start, load_i64(op + OP_PLACE) + start
         if not _move_between(channel, own, load_i64(op + OP_FORM), place, n_bytes, False):
-            fetch_add(transfer + TR_CLAIMS, CLAIM_CLOSED)
+            _count_pushed(channel, op, fetch_add(slot + SLOT_CLAIMS, CLAIM_CLOSED))
             store_i64(op + OP_RESULT, STATE_FAILED)
             return ENDED
         store_i64(op + OP_MOVED, pulled + 1)
         store_release(transfer + TR_PULLED, pulled + 1)
-        status = MOVED
-    # SYNC POINT ring-pushed: acquires the pieces that `push` has written.
-    if load_i64(op + OP_MOVED) + load_acquire(transfer + TR_PUSHED) == pieces:
+    store_i64(op + OP_TAKES, TAKES_NO_MORE)
+    others = pieces - load_i64(op + OP_MOVED)
+    store_i64(channel + CH_PUSHED, load_i64(channel + CH_PUSHED) + others)
+    store_i64(op + OP_PUSHED, load_i64(channel + CH_PUSHED))
+    return ALL_TAKEN
+
+
+@device
+def await_pushed(channel: int, op: int) -> int:
+    """Has the sender copied the pieces that it has taken? ENDED if so."""
+    if load_i64(op + OP_MOVED) == load_i64(op + OP_PIECES):
         store_i64(op + OP_RESULT, STATE_DONE)
         return ENDED
-    if load_acquire(transfer + TR_CLAIMS) >= CLAIM_CLOSED:
-        store_i64(op + OP_RESULT, STATE_WITHDRAWN)
-        return ENDED
-    return status
+    # SYNC POINT ring-pushed: acquires the pieces that `push` has written.
+    count = load_acquire(load_i64(channel + CH_PUSHES) + PU_COUNT)
+    if count < load_i64(op + OP_PUSHED):
+        return PENDING
+    store_i64(op + OP_RESULT, STATE_WITHDRAWN if count == PUSH_FAILED else STATE_DONE)
+    return ENDED
+
+
+@device
+def _count_pushed(channel: int, op: int, claims: int) -> int:
+    """Count the pieces of a message that is given up which its sender has taken; how many."""
+    others = min(_taken_by_sender(claims), load_i64(op + OP_PIECES) - load_i64(op + OP_MOVED))
+    store_i64(channel + CH_PUSHED, load_i64(channel + CH_PUSHED) + others)
+    return others
 
 
 # -- giving up --------------------------------------------------------------------------------------------------------
 
 
 @device
-def withdraw(op: int, slot: int, sending: bool, until_ns: int) -> int:
+def withdraw(channel: int, op: int, slot: int, sending: bool, until_ns: int) -> int:
     """Give a message up that was announced or accepted: on OK the other side does not touch this side's buffer.
 
     Returns SLICE if the other side is in the middle of a piece all the time.
     """
-    transfer = slot + SLOT_HEADER_BYTES
-    before = load_acquire(transfer + TR_CLAIMS)
-    if before < CLAIM_CLOSED:
-        before = fetch_add(transfer + TR_CLAIMS, CLAIM_CLOSED)
-    others = (before & CLAIM_MASK) if sending else ((before // CLAIM_BACK) & CLAIM_MASK)
-    others = min(others, load_i64(op + OP_PIECES) - load_i64(op + OP_MOVED))
-    count = transfer + (TR_PULLED if sending else TR_PUSHED)
-    while load_acquire(count) < others:
+    if not sending and load_i64(op + OP_DONE) != 0:
+        # Acknowledged: the slot may be used again. All pieces are taken.
+        word, target = load_i64(channel + CH_PUSHES) + PU_COUNT, load_i64(op + OP_PUSHED)
+    else:
+        before = load_acquire(slot + SLOT_CLAIMS)
+        if before < CLAIM_CLOSED:
+            before = fetch_add(slot + SLOT_CLAIMS, CLAIM_CLOSED)
+        if sending:
+            word = slot + SLOT_HEADER_BYTES + TR_PULLED
+            target = min(before & CLAIM_MASK, load_i64(op + OP_PIECES) - load_i64(op + OP_MOVED))
+        else:
+            _count_pushed(channel, op, before)
+            word, target = load_i64(channel + CH_PUSHES) + PU_COUNT, load_i64(channel + CH_PUSHED)
+    while load_acquire(word) < target:
         if now_ns() >= until_ns:
             return SLICE
         sched_yield()

@@ -40,12 +40,15 @@ REFUSAL_BYTES = REFUSAL.size_bytes
 ANSWER = Record(
     "answer",
     "One for each peer and ring slot, in the sender's metadata area, written by the receiver of a zero-copy message: "
-    "where the message goes, so that the sender may write a part of it there.",
+    "where the message goes, so that the sender may write a part of it there. It may come before the message.",
 )
 AN_FORM = ANSWER.add("form", 8, "what `place` means: one of the FORM_ codes")
 AN_PLACE = ANSWER.add("place", 8, "where the receiver's buffer is")
 AN_STAMP = ANSWER.add("stamp", 8, "1 + ring position of the message, published last (SYNC POINT ring-answer)")
-AN_RESERVED = ANSWER.add("reserved", 8, "0")
+AN_EVENT_ID = ANSWER.add("event_id", 8, "the event ID that the receiver expects")
+AN_BYTES = ANSWER.add("bytes", 8, "the size that it expects")
+AN_LANES = ANSWER.add("lanes", 8, "the lanes that it expects")
+ANSWER.pad_to(64)
 ANSWER_BYTES = ANSWER.size_bytes
 
 #: Where the bytes of a message are: in the ring; or left in the buffers of both sides (zero-copy), of which each may
@@ -66,19 +69,26 @@ SLOT_LANES = SLOT.add("lanes", 8, "lanes over which the message is dealt")
 SLOT_CHUNK_BYTES = SLOT.add("chunk_bytes", 8, "bytes of a full chunk of this message")
 SLOT_FORM = SLOT.add("form", 8, "where the message is: one of the FORM_ codes")
 SLOT_PLACE = SLOT.add("place", 8, "zero-copy: where the sender's buffer is")
+SLOT_CLAIMS = SLOT.add(
+    "claims",
+    8,
+    "zero-copy: pieces taken by the receiver, plus CLAIM_BACK for each taken by the sender, plus CLAIM_CLOSED",
+)
 SLOT_PAYLOAD = SLOT.add("payload", 0, "slot_bytes of payload; or, zero-copy, a transfer record", align=64)
 SLOT_HEADER_BYTES = SLOT_PAYLOAD
 
 TRANSFER = Record(
     "transfer record",
-    "In the slot of a zero-copy message, instead of payload: which of its pieces are taken by whom. The receiver takes "
-    "pieces from the front, the sender from the back, until they meet.",
-)
-TR_CLAIMS = TRANSFER.add(
-    "claims", 8, "pieces taken by the receiver, plus CLAIM_BACK for each taken by the sender, plus CLAIM_CLOSED"
+    "In the slot of a zero-copy message, instead of payload.",
 )
 TR_PULLED = TRANSFER.add("pulled", 8, "pieces that the receiver has copied")
-TR_PUSHED = TRANSFER.add("pushed", 8, "pieces that the sender has copied (SYNC POINT ring-pushed)")
+
+PUSHES = Record("pushes", "One for each peer, in the receiver's metadata area, written by the sender.")
+PU_COUNT = PUSHES.add("count", 8, "pieces pushed so far, of all messages (SYNC POINT ring-pushed)")
+PUSHES.pad_to(64)
+PUSHES_BYTES = PUSHES.size_bytes
+#: A count that says that the sender could not write to the receiver's buffer.
+PUSH_FAILED = 1 << 62
 
 CLAIM_FRONT = 1
 CLAIM_BACK = 1 << 30
@@ -103,6 +113,8 @@ CH_SLOT_STRIDE = CHANNEL.add("slot_stride_bytes", 8, "distance between slots")
 CH_NEXT = CHANNEL.add("next", 8, "ring position of the next chunk to write or to read")
 CH_REFUSAL_TABLE = CHANNEL.add("refusal_table", 8, "address of the refusals, at the sender")
 CH_ANSWER_TABLE = CHANNEL.add("answer_table", 8, "address of the answers, at the sender")
+CH_PUSHES = CHANNEL.add("pushes", 8, "address of the count of pieces pushed, at the receiver")
+CH_PUSHED = CHANNEL.add("pushed", 8, "pieces pushed, of all messages so far; at the receiver, of those acknowledged")
 CH_STALE_FIRST = CHANNEL.add("stale_first", 8, "start of the message that is being skipped (receiver)")
 CH_STALE_LANES = CHANNEL.add("stale_lanes", 8, "its lanes (receiver)")
 CH_SLOT_LANES = CHANNEL.add("slot_lanes", 8, "address of [slots] int64: the lane that last used each slot (sender)")
@@ -153,6 +165,7 @@ OP_MOVED = OPERATION.add("moved", 8, "zero-copy: pieces copied by this rank; of 
 OP_TAKES = OPERATION.add("takes", 8, "zero-copy: one of the TAKES_ codes")
 OP_TARGET_FORM = OPERATION.add("target_form", 8, "zero-copy send: where the receiver's buffer is, once it has said so")
 OP_TARGET_PLACE = OPERATION.add("target_place", 8, "the same")
+OP_PUSHED = OPERATION.add("pushed", 8, "zero-copy receive, acknowledged: what the sender's count has to come to")
 OP_SIGNAL = OPERATION.add("signal", 8, "copies: address of the word to add to behind them, 0 if there is none")
 OP_SIGNAL_VALUE = OPERATION.add("signal_value", 8, "what to add")
 OP_SIGNAL_CONTROL = OPERATION.add("signal_control", 8, "control area of the rank to wake")
@@ -191,7 +204,9 @@ DR_CONTROL = DRIVER.add("control", 8, "address of the own control area")
 DR_CHANNELS = DRIVER.add("channels", 8, "address of the addresses of all channels")
 DR_COUNT = DRIVER.add("count", 8, "how many there are")
 DR_ENDED = DRIVER.add("ended", 8, "address of the operation that ended last and was not collected yet, 0 if none")
-DR_REQUESTS = DRIVER.add("requests", 8, "requests under way: a call that waits must drive them, and goes the long way")
+DR_REQUESTS = DRIVER.add(
+    "requests", 8, "1 while requests are under way: calls that wait drive them, and go the long way"
+)
 DR_HAS_ENGINE = DRIVER.add("has_engine", 8, "1 once there is a DMA engine, and channels are locked")
 DR_QUEUED = DRIVER.add("queued", 8, "operations of the DMA engine that have not ended")
 DR_BELL = DRIVER.add("bell", 8, "the DMA engine's own doorbell, raised for each new descriptor")

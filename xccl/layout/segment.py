@@ -22,7 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .record import HOT_LINE_BYTES, Record, align_up
-from .ring import ANSWER_BYTES, FIELD_BYTES, MAX_LANES, REFUSAL_BYTES, SLOT_HEADER_BYTES
+from .ring import ANSWER_BYTES, FIELD_BYTES, MAX_LANES, PUSHES_BYTES, REFUSAL_BYTES, SLOT_HEADER_BYTES
 
 #: "XCCLSEG1" as a little-endian integer.
 MAGIC = int.from_bytes(b"XCCLSEG1", "little")
@@ -135,7 +135,7 @@ class Geometry:
     @property
     def fields_per_peer_bytes(self) -> int:
         """Bytes of the fields of one peer: data and acknowledgement for each lane, refusal and answer for each slot."""
-        return 2 * MAX_LANES * FIELD_BYTES + self.ring_slots * (REFUSAL_BYTES + ANSWER_BYTES)
+        return 2 * MAX_LANES * FIELD_BYTES + PUSHES_BYTES + self.ring_slots * (REFUSAL_BYTES + ANSWER_BYTES)
 
     @property
     def expert_metadata_offset(self) -> int:
@@ -171,9 +171,13 @@ class Geometry:
         """Where `peer`, as a sender, writes its fields: [MAX_LANES] of 32 bytes."""
         return self.metadata_offset + peer * self.fields_per_peer_bytes
 
+    def pushes_offset(self, peer: int) -> int:
+        """Where `peer`, as a sender, counts the pieces that it has pushed."""
+        return self.data_fields_offset(peer) + MAX_LANES * FIELD_BYTES
+
     def ack_fields_offset(self, peer: int) -> int:
         """Where `peer`, as a receiver, acknowledges what this rank sent: [MAX_LANES] of 32 bytes."""
-        return self.data_fields_offset(peer) + MAX_LANES * FIELD_BYTES
+        return self.pushes_offset(peer) + PUSHES_BYTES
 
     def refusals_offset(self, peer: int) -> int:
         """Where `peer`, as a receiver, refuses what this rank sent: [ring_slots] refusals."""

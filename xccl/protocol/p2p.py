@@ -20,10 +20,11 @@ Zero-copy messages, as `xccl.kernels.zerocopy` has them
 - Stages:
     announce: the sender writes one data field;
     accept: the receiver waits for it, and answers where its buffer is, if there are several pieces and the sender can
-         reach it;
+         reach it; if it is there first it has answered before, which changes nothing here;
     pull: the receiver reads pieces, from the front;
     push: the sender, once it has seen the answer, writes pieces, from the back, and counts them at the receiver;
-    acknowledge: the receiver waits for the pieces of the sender, and writes one acknowledgement field;
+    acknowledge: the receiver writes one acknowledgement field when all pieces are taken, and waits for those of the
+         sender;
     await-acknowledgement: the sender waits for that.
 - How many pieces the sender pushes depends on who comes when: it is an argument. A sender that computes pushes none.
 """
