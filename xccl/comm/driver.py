@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,7 +51,6 @@ class Driver:
         self._old_tables: list[npt.NDArray[np.int64]] = []
         self._words[layout.DR_CONTROL // 8] = core.control
         self._words[layout.DR_CHANNELS // 8] = self._table.ctypes.data
-        self._next_ended = kernels.next_ended.bind(self.address)
         self._copies: Channel | None = None
         self._engine: DmaEngine | None = None
 
@@ -107,6 +108,11 @@ class Driver:
         status = int(kernels.progress.call(self.address))
         self.collect()
         return status
+
+    @cached_property
+    def _next_ended(self) -> Callable[[], int]:
+        """Takes an operation off the list of those that have ended; its address, or 0 if there is none."""
+        return kernels.next_ended.bind(self.address)
 
     def collect(self) -> None:
         """Let the owners of all operations that have ended take note of it."""
