@@ -32,7 +32,8 @@ def run_rank(comm: Communicator, options: BenchOptions) -> None:
             comm.barrier()
             wrong = part.check() if options.check else None
             traced = _traced(comm, part.step, options.traced) if options.traced else None
-            comm.report(Measurement(part.op, case, times_ns, part.payload_bytes, part.rows_received, wrong, traced))
+            reach, size = comm.core.fabric.reached, part.payload_bytes
+            comm.report(Measurement(part.op, case, times_ns, size, part.rows_received, wrong, traced, reach))
 
 
 def _traced(comm: Communicator, step: Callable[[], object], iters: int) -> list[TracedOperation]:

@@ -11,6 +11,7 @@ from xccl.cli.options import BenchOptions, Case
 from xccl.comm import reference
 from xccl.errors import UsageError
 from xccl.layout.dtypes import CODE_BY_NAME, DTYPE_OF
+from xccl.layout.ring import REACH_NONE
 from xccl.model.project import describe_collective, whole_experts
 from xccl.protocol import a2e, kv, moe, moe_direct, moe_push, onesided, p2p
 from xccl.protocol.collectives import FLOWS, Kind
@@ -29,6 +30,7 @@ def describe_step(
     ranks: int,
     releasing: int | None = None,
     pushed: Sequence[int] | None = None,
+    reach: int = REACH_NONE,
 ) -> list[Description]:
     """The descriptions of one iteration of a row, one after the other.
 
@@ -39,6 +41,7 @@ def describe_step(
         ranks: the same work on so many ranks.
         releasing: of a barrier, the rank that came last and released the others; the highest one if None.
         pushed: of zero-copy messages, the pieces that each rank has pushed; none if None.
+        reach: of collectives, how ranks reach the inputs of others: one of the REACH_ codes.
 
     Raises:
         UsageError: the work has no description on so many ranks.
@@ -46,7 +49,7 @@ def describe_step(
     if case.size_bytes is not None:
         kind = op.replace("-", "_")
         if kind in FLOWS:
-            return [_collective(options, kind, case.size_bytes, ranks)]
+            return [_collective(options, kind, case.size_bytes, ranks, reach)]
         if op == "kv":
             return [_kv(options, case.size_bytes, ranks)]
         return _between_neighbours(options, op, case.size_bytes, ranks, pushed)
@@ -130,10 +133,10 @@ def _kv(options: BenchOptions, page_bytes: int, ranks: int) -> Description:
     )  # fmt: skip
 
 
-def _collective(options: BenchOptions, kind: Kind, size_bytes: int, ranks: int) -> Description:
+def _collective(options: BenchOptions, kind: Kind, size_bytes: int, ranks: int, reach: int) -> Description:
     """A collective of that size; as in dispatch and combine, all lanes of a die take part."""
     item_bytes = DTYPE_OF[CODE_BY_NAME[options.dtype]].itemsize
-    return describe_collective(kind, ranks, size_bytes, item_bytes=item_bytes, algorithm=options.algorithm)
+    return describe_collective(kind, ranks, size_bytes, item_bytes=item_bytes, algorithm=options.algorithm, reach=reach)
 
 
 def _apart(options: BenchOptions, tokens: int, op: str, ranks: int) -> Description:

@@ -75,11 +75,12 @@ class Projector:
         """
         first = measurements[0]
         described = describe_step(
-            self._options, first.case, first.op, self._options.ranks, _releasing(measurements), _pushed(measurements)
-        )
+            self._options, first.case, first.op, self._options.ranks, _releasing(measurements), _pushed(measurements),
+            first.reach,
+        )  # fmt: skip
         require_same(measurements, described)
         if self.ranks != self._options.ranks:
-            described = describe_step(self._options, first.case, first.op, self.ranks)
+            described = describe_step(self._options, first.case, first.op, self.ranks, reach=first.reach)
         parts = [self._project(first.case, part) for part in described]
         whole = parts[0] if len(parts) == 1 else together(first.op, parts)
         scaled: dict[str, Any] = {"ranks": self.ranks}

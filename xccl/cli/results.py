@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from xccl.cli.options import BenchOptions, Case
 from xccl.cli.stats import TimeStats, bandwidth_gbps, bus_factor
+from xccl.layout.ring import REACH_NONE
 from xccl.trace.record import Operation
 
 
@@ -26,6 +27,7 @@ class Measurement:
         rows_received: MoE only: token copies that this rank receives in an iteration.
         wrong: Wrong elements at this rank, None if not checked.
         traced: The operations of further iterations, if they are asked for.
+        reach: How the other ranks reach private memory of this one: one of the REACH_ codes.
     """
 
     op: str
@@ -35,6 +37,7 @@ class Measurement:
     rows_received: int | None
     wrong: int | None
     traced: list[Operation] | None = None
+    reach: int = REACH_NONE
 
 
 @dataclass(frozen=True)

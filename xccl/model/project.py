@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelError
-from ..layout.ring import MAX_LANES
+from ..layout.ring import MAX_LANES, REACH_NONE
 from ..protocol import a2e, collectives, kv, moe, moe_direct, moe_push, p2p
 from ..protocol.collectives import Kind, part_elements
 from ..protocol.counts import RoutingCounts
@@ -199,7 +199,7 @@ def describe_send(machine: Machine, *, n_bytes: int, lanes: int, engine: Engine 
 
 
 def describe_collective(
-    kind: Kind, ranks: int, size_bytes: int, *, item_bytes: int = 2, algorithm: str = "auto"
+    kind: Kind, ranks: int, size_bytes: int, *, item_bytes: int = 2, algorithm: str = "auto", reach: int = REACH_NONE
 ) -> Description:
     """A collective of all ranks; all lanes of a die take part.
 
@@ -209,14 +209,17 @@ def describe_collective(
         size_bytes: of the larger of a rank's two buffers, as nccl-tests counts.
         item_bytes: size of an element.
         algorithm: as for `xccl.protocol.collectives.cut`.
+        reach: how ranks read each other's inputs where they lie, one of the REACH_ codes; by default they stage them.
 
     Raises:
         UsageError: there is no such algorithm.
     """
     n_bytes = part_elements(kind, size_bytes, item_bytes, ranks) * item_bytes
     if kind == "alltoallv":
-        return collectives.alltoallv(np.full((ranks, ranks), n_bytes), lanes=MAX_LANES)
-    return collectives.describe(kind, ranks, n_bytes, item_bytes=item_bytes, algorithm=algorithm, lanes=MAX_LANES)
+        return collectives.alltoallv(np.full((ranks, ranks), n_bytes), reach=reach, lanes=MAX_LANES)
+    return collectives.describe(
+        kind, ranks, n_bytes, item_bytes=item_bytes, algorithm=algorithm, reach=reach, lanes=MAX_LANES
+    )
 
 
 def describe_kv(machine: Machine, *, page_bytes: int, blocks: int, layers: int, engine: Engine = "dma") -> Description:
