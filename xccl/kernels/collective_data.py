@@ -79,7 +79,7 @@ def piece_of(state: int, n_bytes: int) -> int:
 @device
 def _stage_piece(state: int, target: int, source: int, n_bytes: int) -> None:
     if n_bytes > 0:
-        copy_bytes(target, source, n_bytes)
+        copy_bytes_auto(target, source, n_bytes)
         meter(state, METER_STAGE, load_i64(state + CS_RANK), n_bytes)
 
 
@@ -326,7 +326,7 @@ def gather_results(state: int, plan: int, out: int, step: int) -> None:
         first = min(peer * slice_bytes, n_bytes)
         size = min(slice_bytes, n_bytes - first)
         if size > 0:
-            copy_bytes(out + start + first, results_of(state, record_of(state, peer, step), peer), size)
+            copy_bytes_auto(out + start + first, results_of(state, record_of(state, peer, step), peer), size)
             meter(state, METER_GATHER, peer, size)
 
 
