@@ -348,6 +348,17 @@ class Core:
     def wait_all(self, address: int, stride_bytes: int, target: int, operation: str) -> None:
         """Wait until the word of every rank, `stride_bytes` apart in the own segment, is at least `target`."""
         self._cursor[0] = 0
+        deadline_ns = time.monotonic_ns() + int(self.op_timeout_s * 1e9)
+        status = wait.wait_all.call(
+            self.control, address, stride_bytes, self.size, target, self._cursor_address, self.until_ns(deadline_ns)
+        )
+        if status != OK:
+            self._go_on_for_all(status, address, stride_bytes, target, operation, deadline_ns)
+
+    def _go_on_for_all(
+        self, status: int, address: int, stride_bytes: int, target: int, operation: str, deadline_ns: int
+    ) -> None:
+        """The rest of `wait_all`: a function of its own, since closures are made when a function is entered."""
 
         def step(until_ns: int) -> int:
             return int(
@@ -362,7 +373,7 @@ class Core:
             seen = int(words.load(address + min(peer, self.size - 1) * stride_bytes))
             return Waiting(operation, target, peer, target, seen)
 
-        self.run(step, describe)
+        self.finish(status, step, describe, self.op_timeout_s, deadline_ns)
 
 
 def no_exchange(call: str, values: list[int]) -> np.ndarray:
