@@ -31,7 +31,7 @@ _WARM_UP_OPERATIONS = 20
 
 def serve(library: Library, address: str) -> None:
     """Do what the driver says."""
-    is_pinned = pin(library.rank, library.size)
+    has_own_core = pin(library.rank, library.size)
     with socket.socket(socket.AF_UNIX) as plain:
         plain.connect(address)
         connection = Connection(plain.detach())
@@ -48,7 +48,7 @@ def serve(library: Library, address: str) -> None:
             connection.send(("exit",))
             return
         try:
-            answer = _obey(library, prepared, is_pinned, order, arguments)
+            answer = _obey(library, prepared, has_own_core, order, arguments)
         except NotComparableError as error:
             answer = ("not comparable", str(error))
         except Exception:  # noqa: BLE001 - whatever it is, the driver has to hear of it and end the other ranks
@@ -59,7 +59,7 @@ def serve(library: Library, address: str) -> None:
 
 
 def _obey(
-    library: Library, prepared: dict[tuple[Cell, str], Work], is_pinned: bool, order: str, arguments: list[Any]
+    library: Library, prepared: dict[tuple[Cell, str], Work], has_own_core: bool, order: str, arguments: list[Any]
 ) -> tuple[Any, ...]:
     cell, variant, *numbers = arguments
     if order == "prepare":
@@ -69,13 +69,13 @@ def _obey(
         library.barrier()
         return ("prepared", Prepared(wrong, work.per_operation, work.note))
     if order == "time":
-        return ("times", _time(library, prepared[cell, variant], is_pinned, *numbers))
+        return ("times", _time(library, prepared[cell, variant], has_own_core, *numbers))
     assert order == "close"
     prepared.pop((cell, variant)).close()
     return ("closed",)
 
 
-def _time(library: Library, work: Work, is_pinned: bool, operations: int, blocks: int) -> list[Block]:
+def _time(library: Library, work: Work, has_own_core: bool, operations: int, blocks: int) -> list[Block]:
     """[blocks]; ranks meet before each."""
     run, barrier, found = work.run, library.barrier, []
     run(min(operations, _WARM_UP_OPERATIONS))
@@ -86,7 +86,7 @@ def _time(library: Library, work: Work, is_pinned: bool, operations: int, blocks
         run(operations)
         taken_s = perf_counter() - start
         # Ranks that share a core take it from each other: nothing is known of other processes then.
-        found.append(Block(taken_s / operations, is_pinned and _preemptions() != preempted))
+        found.append(Block(taken_s / operations, has_own_core and _preemptions() != preempted))
     barrier()
     return found
 

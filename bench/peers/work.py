@@ -166,12 +166,14 @@ def window_of(n_bytes: int) -> int:
 
 
 def pin(rank: int, ranks: int) -> bool:
-    """Give this rank a core of its own, if there are enough; after the library has started, which may pin too."""
+    """Bind this rank to a core, after the library has started, which may bind, too; whether it has the core to itself.
+
+    More ranks than cores take cores in turn. Left to the scheduler, one core may have most of them for a whole session,
+    of the one library or the other, and the ratio would be chance.
+    """
     cores = sorted(os.sched_getaffinity(0))
-    if ranks > len(cores):
-        return False
-    os.sched_setaffinity(0, {cores[rank]})
-    return True
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    return ranks <= len(cores)
 
 
 # -- cells that differ between libraries in one call only ------------------------------------------------------------
