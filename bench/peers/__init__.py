@@ -19,6 +19,6 @@ The parts, from what is compared to how:
     report      lines and JSON
     published   figures measured elsewhere, for `bench.figures`
 
-All times are emulated ones, of this machine. Ranks are processes, each bound to a core, one to a core if there are enough and
-else in turn, whatever the library; every buffer begins at a page.
+All times are emulated ones, of this machine. Ranks are processes, each bound to a core, one to a core if there are
+enough and else in turn, whatever the library; every buffer begins at a page.
 """
