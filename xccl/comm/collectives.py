@@ -42,6 +42,7 @@ import numpy.typing as npt
 
 from ..errors import CapacityError, UsageError
 from ..kernels import collectives as kernels
+from ..kernels.collective_calls import FILLED
 from ..kernels.wait import OK
 from ..layout.collectives import TB_CAME, TB_EXPECTED, TB_ROWS
 from ..protocol.collectives import FLOWS, Kind
@@ -280,6 +281,8 @@ class Collectives:
                 no room for them. Nothing is written then; what this rank gave has reached the others.
         """
         status = self._direct.alltoallv(x, send_counts, recv_counts, out, timeout_s)
+        if status == FILLED:
+            return out, recv_counts.copy()  # type: ignore[return-value,union-attr]  # both are plain arrays
         if status == kernels.UNFIT:
             return self._alltoallv_carefully(x, send_counts, recv_counts, out, timeout_s)
         return self._rows_that_came(status, x, out, None)

@@ -33,6 +33,7 @@ from ..layout.calls import (
     KNOWN_CALLS,
 )
 from ..layout.collectives import (
+    CS_CAME,
     CS_RANKS,
     CS_TABLE,
     PL_IN_PLACE,
@@ -62,6 +63,9 @@ from .objects import (
 )
 from .onesided import arrive, await_release
 from .wait import OK, PENDING, now_ns
+
+#: Beside the statuses of the kernel. Alltoallv: OK, `recv_counts` were given, and `out` is full.
+FILLED = 6
 
 _FIRST, _NEXT = COLLECTIVE_CALLS.size_bytes, KNOWN_CALL.size_bytes
 _MAX_ROOT = 1 << 16
@@ -199,12 +203,15 @@ def _collect_rows(record: int, args: int) -> int:
             store_i64(table + 8 * (ranks * TB_EXPECTED + i), -1)
     elif not _take_counts(calls, expected, ranks, table + 8 * ranks * TB_EXPECTED):
         return UNFIT
-    return _make(record, plan, x, rows, out, room, x_bytes)
+    status = _make(record, plan, x, rows, out, room, x_bytes)
+    if status == OK and expected != none and room == load_i64(state + CS_CAME):
+        return FILLED
+    return status
 
 
 @fastcall
 def collect_rows(self, args, count):  # type: ignore[no-untyped-def]
-    """(x, send_counts, recv_counts, out, timeout_s): alltoallv -> the kernel's status, or UNFIT."""
+    """(x, send_counts, recv_counts, out, timeout_s): alltoallv -> FILLED, the kernel's status, or UNFIT."""
     return new_int(_collect_rows(own_state(self), args))
 
 
