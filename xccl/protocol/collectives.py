@@ -61,8 +61,9 @@ ALGORITHMS: Final = ("mesh", "two-step")
 _STAGE_BYTES: Final = 8 << 20
 _STAGES_BYTES: Final = 1 << 30
 #: What a rank stages in a step stays in its core's cache, where the others find it: the whole staging area would not.
-#: A step costs as much as copying some 10 KiB, more if ranks share a core, so there is a least size for a part.
-_STEP_BYTES: Final = 128 << 10
+#: A step costs as much as copying some 10 KiB, more if ranks share a core, so there is a least size for a part. Of two
+#: ranks each has a cache of its own, most often, and steps may be larger.
+_STEP_BYTES: Final = (256 << 10, 128 << 10)
 _LEAST_PART_BYTES: Final = 32 << 10
 #: Of an input, for each other rank: staging so many bytes takes as long as the step that closes a call in which inputs
 #: are read where they lie. Where only the root gives, it is the only one that stages.
@@ -121,6 +122,11 @@ TWO_STEP: Final = frozenset({"allreduce", "broadcast"})
 def stage_bytes(ranks: int, heap_bytes: int = Geometry.heap_bytes) -> int:
     """Size of each half of the staging area: what a rank can give in one step."""
     return min(_STAGE_BYTES, _STAGES_BYTES // ranks, heap_bytes // 4) // _LINE * _LINE
+
+
+def _step_bytes(ranks: int) -> int:
+    """What a rank stages in a step, if parts are not small."""
+    return _STEP_BYTES[int(ranks > 2)]
 
 
 def counts_arrivals(ranks: int) -> bool:
@@ -192,7 +198,7 @@ def cut(
     places = ranks if flow.parts else 1
     sizes_bytes = aligned_part(8 * ranks) if kind == "alltoallv" else 0
     chunk_bytes = (half_bytes - sizes_bytes) // places // _LINE * _LINE
-    chunk_bytes = min(chunk_bytes, max(_STEP_BYTES // places // _LINE * _LINE, _LEAST_PART_BYTES))
+    chunk_bytes = min(chunk_bytes, max(_step_bytes(ranks) // places // _LINE * _LINE, _LEAST_PART_BYTES))
     if kind != "alltoallv":
         chunk_bytes = min(chunk_bytes, max(aligned_part(n_bytes), _LINE))
     # A single record says the same to all ranks.
@@ -230,7 +236,7 @@ def _expose_by_kernel_bytes(kind: Kind, ranks: int) -> int:
 def _cut_in_two(ranks: int, n_bytes: int, half_bytes: int, reach: int) -> Cut:
     # A window, and behind it the results of a slice of one.
     window_bytes = (half_bytes - _LINE) * ranks // (ranks + 1) // _LINE * _LINE
-    window_bytes = min(window_bytes, max(2 * _STEP_BYTES, ranks * _LEAST_PART_BYTES))
+    window_bytes = min(window_bytes, max(2 * _STEP_BYTES[1], ranks * _LEAST_PART_BYTES))
     window_bytes = min(window_bytes, max(aligned_part(n_bytes), _LINE))
     steps = 1 + -(-n_bytes // window_bytes)
     used_bytes = window_bytes + -(-window_bytes // (_LINE * ranks)) * _LINE
