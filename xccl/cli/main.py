@@ -6,6 +6,7 @@ does not fit; 130 interrupted. Errors of xccl are one line on standard error; a 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -41,14 +42,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         return _INTERRUPTED
-    except BrokenPipeError:
-        # The reader has gone (`xccl bench --list | head -1`); the interpreter's own flush at exit must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has gone: `xccl bench --list | head -1`
+        _drop_output()
         return _BROKEN_PIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _drop_output()
+        print(f"xccl {args.subcommand}: error: cannot write to standard output: {error.strerror}", file=sys.stderr)
+        return 1
     except XcclError as error:
         message = " ".join(str(error).split())
         print(f"xccl {args.subcommand}: error: {message}", file=sys.stderr)
         return 2 if isinstance(error, UsageError | CapacityError) else 1
+
+
+def _drop_output() -> None:
+    """What is still buffered goes nowhere: the interpreter's own flush at exit must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from xccl.cli.deployment import (
 from xccl.cli.parsing import parse_bytes, parse_int_list, parse_seconds, whole_number
 from xccl.errors import UsageError
 from xccl.layout.collectives import OPERATORS
-from xccl.protocol.collectives import ALGORITHMS
+from xccl.protocol.collectives import ALGORITHMS, FLOWS
+from xccl.runtime.launch import MAX_RANKS
 
 _LARGE_BYTES: Final = 64 * 1024
 _ITERS_SMALL: Final = 100
@@ -202,6 +203,37 @@ class Needs(Protocol):
         """What moves bytes if nothing is asked for."""
 
 
+#: Options that mean something to some operations only.
+_SIZED: Final = ("min_bytes", "max_bytes", "factor")
+_EXPERTS: Final = ("tokens", "hidden", "experts", "topk", "quant", "protocol", "rows", "routing")
+_KV: Final = ("blocks", "layers")
+_APART: Final = tuple(Deployment.__dataclass_fields__)
+_WITH_ENGINE: Final = ("put", "sendrecv", "kv")
+
+
+def foreign_options(op: str, benchmark: Needs) -> tuple[str, ...]:
+    """The options that mean nothing to an operation, by the attribute that they set."""
+    flow = {str(kind).replace("_", "-"): flow for kind, flow in FLOWS.items()}.get(op)
+    foreign: tuple[str, ...] = () if op == "sendrecv" else ("lanes", "mode")
+    if op not in _WITH_ENGINE:
+        foreign += ("engine",)
+    if flow is None or op == "alltoallv":
+        foreign += ("algorithm",)
+    if flow is None or not flow.reduces:
+        foreign += ("reduction",)
+    if benchmark.sweep != "bytes":
+        foreign += _SIZED
+    if benchmark.sweep != "tokens":
+        foreign += _EXPERTS
+    if benchmark.sweep == "nothing":
+        foreign += ("dtype",)
+    if not benchmark.in_pairs:
+        foreign += _KV
+    if not benchmark.is_deployed:
+        foreign += _APART
+    return foreign
+
+
 def bench_options(args: argparse.Namespace, benchmark: Needs) -> BenchOptions:
     """Complete and check parsed arguments; UsageError says the option, the value and its bound."""
     default_ranks, min_ranks = benchmark.default_ranks, benchmark.min_ranks
@@ -221,6 +253,8 @@ def bench_options(args: argparse.Namespace, benchmark: Needs) -> BenchOptions:
         messages = ranks * args.blocks * args.layers if benchmark.in_pairs else ranks
         values["max_bytes"] = max(args.min_bytes, _default_max_bytes(messages))
     options = BenchOptions(**values)
+    if options.ranks > MAX_RANKS:
+        raise UsageError(f"--ranks is {options.ranks}: at most {MAX_RANKS}", value=options.ranks, bound=MAX_RANKS)
     if options.ranks < min_ranks:
         raise UsageError(f"--ranks is {options.ranks}: {options.op} needs at least {min_ranks}", bound=min_ranks)
     if benchmark.in_pairs and options.ranks % 2:
@@ -262,6 +296,9 @@ def _check_experts(options: BenchOptions) -> None:
 def check_writable(path: str) -> None:
     """Found out now, rather than when the results of an hour are lost; UsageError if not."""
     folder = Path(path).absolute().parent
-    target = path if Path(path).exists() else folder
-    if Path(path).is_dir() or not os.access(target, os.W_OK):
-        raise UsageError(f"cannot write {path}")
+    if Path(path).is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder", value=path)
+    if not folder.is_dir():
+        raise UsageError(f"cannot write {path}: there is no folder {folder}", value=path)
+    if not os.access(path if Path(path).exists() else folder, os.W_OK):
+        raise UsageError(f"cannot write {path}: no permission", value=path)

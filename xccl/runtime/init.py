@@ -16,7 +16,7 @@ from ..fabric import ShmFabric
 from ..kernels import warm
 from ..layout.segment import Geometry
 from .cleanup import remove_stale
-from .launch import make_geometry
+from .launch import MAX_RANKS, make_geometry
 
 #: Where rank and size are looked for, first match wins: xccl's own, torchrun's, Open MPI's, Slurm's.
 _RANK_VARIABLES = ("XCCL_RANK", "RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
@@ -65,7 +65,7 @@ def init(
         WaitTimeout: other ranks did not join in time.
         SegmentError: another rank runs another version of xccl, or has other options.
     """
-    size = _number(size, "size", _SIZE_VARIABLES, 1, 1024)
+    size = _number(size, "size", _SIZE_VARIABLES, 1, MAX_RANKS)
     rank = _number(rank, "rank", _RANK_VARIABLES, 0, size - 1)
     session = session if session is not None else os.environ.get("XCCL_SESSION")
     if not session:
