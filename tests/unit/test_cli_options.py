@@ -181,6 +181,7 @@ def test_all_options_of_a_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("bench moe --routing file:absent.npy", "absent.npy: No such file"),
         ("bench moe --json /nonexistent/x.json", "cannot write /nonexistent/x.json: there is no folder /nonexistent"),
         ("bench moe --csv /", "cannot write /: it is a folder"),
+        ("bench put --json - --csv -", "--json - and --csv -: one of them can go to standard output"),
         ("nope", "invalid choice: 'nope'"),
         ("", "the following arguments are required: COMMAND"),
     ],
@@ -319,6 +320,23 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["bench", "--help"])
     assert stop.value.code == 0
     assert "--back-to-back" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["", "bench", "calibrate", "doctor", "project", "trace", "validate"])
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_help_is_short_and_fits(
+    command: str, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A usage of one line or two, no line beyond the terminal but for examples, and every option is explained."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    text = capsys.readouterr().out.partition("\nexamples:")[0]
+    usage = text.split("\n\n", 1)[0].splitlines()
+    assert len(usage) <= 2
+    assert max(map(len, text.splitlines())) <= columns
+    assert "None" not in text
+    assert "%" not in text
 
 
 def test_ctrl_c_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

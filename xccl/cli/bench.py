@@ -27,6 +27,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         "busbw the part of it that leaves the rank, as in nccl-tests. Sizes are written 8, 64K, 4M or 1G. Exit status: "
         "1 if any element is wrong or the run failed, 2 for a usage error."
     )
+    parser.usage = "xccl bench OP [options]"
     add_bench_options(parser)
     parser.add_argument(
         "--peer", choices=PEERS, help="instead, measure xccl and this library in turns; needs the source tree"

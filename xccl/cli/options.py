@@ -113,8 +113,8 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
         "--no-memory-check", dest="memory_check", action="store_false", help="run even if memory seems not to suffice"
     )
     output = parser.add_argument_group("output")
-    output.add_argument("--json", metavar="FILE", help="write results; - prints them instead of the table")
-    output.add_argument("--csv", metavar="FILE", help="write results")
+    output.add_argument("--json", metavar="FILE", help="write results as JSON; - prints them instead of the table")
+    output.add_argument("--csv", metavar="FILE", help="the same as CSV")
     output.add_argument(
         "--project", metavar="MACHINE[@RANKS]", help="add what the model says of the same work: cm384, cm384@320"
     )
@@ -136,20 +136,35 @@ def add_work_options(parser: argparse.ArgumentParser, iters_help: str = _ITERS_H
     run("--timeout", dest="timeout_s", type=parse_seconds, metavar="S", default=default.timeout_s,
         help="deadline of each wait in seconds (default: 30)")  # fmt: skip
 
-    sized = parser.add_argument_group("sizes (put get put-signal sendrecv, collectives)").add_argument
-    sized("-b", "--min-bytes", type=parse_bytes, metavar="SIZE", default=default.min_bytes, help="default: 8")
-    sized("-e", "--max-bytes", type=parse_bytes, metavar="SIZE", help="default: 4M, but 1G in all ranks together")
+    sized = parser.add_argument_group("sizes (put get put-signal sendrecv kv, collectives)").add_argument
     sized(
-        "-f", "--factor", type=whole_number(2), metavar="N", default=default.factor, help="between sizes (default: 2)"
+        "-b", "--min-bytes", type=parse_bytes, metavar="SIZE", default=default.min_bytes, help="smallest (default: 8)"
+    )
+    sized(
+        "-e",
+        "--max-bytes",
+        type=parse_bytes,
+        metavar="SIZE",
+        help="largest (default: 4M, but 1G in all ranks together)",
+    )
+    sized(
+        "-f",
+        "--factor",
+        type=whole_number(2),
+        metavar="N",
+        default=default.factor,
+        help="from size to size (default: 2)",
     )
     sized(
         "--lanes", type=whole_number(1, _MAX_LANES), metavar="N", default=default.lanes, help="of a send (default: 2)"
     )
-    sized("--mode", choices=("auto", "ring", "zero_copy"), default=default.mode, help="of a send (default: auto)")
-    sized("--engine", choices=("mte", "dma"), help="of sends, puts and kv (default: mte, but dma for kv)")
+    sized("--mode", choices=("auto", "ring", "zero_copy"), default=default.mode, help="way of a send (default: auto)")
+    sized("--engine", choices=("mte", "dma"), help="what moves sends, puts and kv (default: mte, but dma for kv)")
     sized("--dtype", choices=("bf16", "fp16", "fp32"), default=default.dtype, help="of all data (default: bf16)")
 
-    sized("--algorithm", choices=("auto", *ALGORITHMS), default=default.algorithm, help="of a collective")
+    sized(
+        "--algorithm", choices=("auto", *ALGORITHMS), default=default.algorithm, help="of a collective (default: auto)"
+    )
     sized("--reduction", choices=OPERATORS, default=default.reduction, help="of collectives that reduce (default: sum)")
 
     moe = parser.add_argument_group("mixture of experts (dispatch combine moe a2e e2a)").add_argument
@@ -166,7 +181,12 @@ def add_work_options(parser: argparse.ArgumentParser, iters_help: str = _ITERS_H
     )
     moe("--rows", choices=("expanded", "dedup"), default=default.rows,
         help="a row for each expert of a token (default), or for each rank that has any")  # fmt: skip
-    moe("--routing", metavar="SPEC", default=default.routing, help="uniform, zipf[:S], hot[:K], skew or file:PATH")
+    moe(
+        "--routing",
+        metavar="SPEC",
+        default=default.routing,
+        help="uniform (default), zipf[:S], hot[:K], skew or file:PATH",
+    )
 
     kv = parser.add_argument_group("KV cache (kv), where sizes are those of a block in one layer").add_argument
     kv("--blocks", type=positive, metavar="N", default=default.blocks, help="of a request (default: 16)")
@@ -267,6 +287,8 @@ def bench_options(args: argparse.Namespace, benchmark: Needs) -> BenchOptions:
         raise UsageError(f"--min-bytes is {options.min_bytes}, more than --max-bytes ({options.max_bytes})")
     if uses_experts:
         _check_experts(options)
+    if args.json == args.csv == "-":
+        raise UsageError("--json - and --csv -: one of them can go to standard output, not both")
     for path in (args.json, args.csv):
         if path and path != "-":
             check_writable(path)

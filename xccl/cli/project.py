@@ -51,6 +51,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     """Declare the options of this command."""
     positive = whole_number(1)
     parser.description = "Project an operation onto a machine: modelled times, calibrated on published figures."
+    parser.usage = "xccl project OP [options]"
     parser.add_argument("op", metavar="OP", choices=tuple(_OPTIONS_OF), help=", ".join(_OPTIONS_OF))
     machine = parser.add_argument_group("machine").add_argument
     machine("--machine", default="cm384", help="profile, or path of one (default: cm384)")

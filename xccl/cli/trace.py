@@ -52,6 +52,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         "(ui.perfetto.dev): a track for each rank and lane. Options as for `xccl bench`. Exit status: 1 if any element "
         "is wrong or the run failed, 2 for a usage error."
     )
+    parser.usage = "xccl trace OP -o FILE [options]"
     add_work_options(parser, iters_help="traced iterations (default: 1)")
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="where to write the timeline (JSON)")
     parser.add_argument(
