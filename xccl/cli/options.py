@@ -137,34 +137,19 @@ def add_work_options(parser: argparse.ArgumentParser, iters_help: str = _ITERS_H
         help="deadline of each wait in seconds (default: 30)")  # fmt: skip
 
     sized = parser.add_argument_group("sizes (put get put-signal sendrecv kv, collectives)").add_argument
-    sized(
-        "-b", "--min-bytes", type=parse_bytes, metavar="SIZE", default=default.min_bytes, help="smallest (default: 8)"
-    )
-    sized(
-        "-e",
-        "--max-bytes",
-        type=parse_bytes,
-        metavar="SIZE",
-        help="largest (default: 4M, but 1G in all ranks together)",
-    )
-    sized(
-        "-f",
-        "--factor",
-        type=whole_number(2),
-        metavar="N",
-        default=default.factor,
-        help="from size to size (default: 2)",
-    )
-    sized(
-        "--lanes", type=whole_number(1, _MAX_LANES), metavar="N", default=default.lanes, help="of a send (default: 2)"
-    )
+    sized("-b", "--min-bytes", type=parse_bytes, metavar="SIZE", default=default.min_bytes,
+          help="smallest (default: 8)")  # fmt: skip
+    sized("-e", "--max-bytes", type=parse_bytes, metavar="SIZE",
+          help="largest (default: 4M, but 1G in all ranks together)")  # fmt: skip
+    sized("-f", "--factor", type=whole_number(2), metavar="N", default=default.factor,
+          help="from size to size (default: 2)")  # fmt: skip
+    sized("--lanes", type=whole_number(1, _MAX_LANES), metavar="N", default=default.lanes,
+          help="of a send (default: 2)")  # fmt: skip
     sized("--mode", choices=("auto", "ring", "zero_copy"), default=default.mode, help="way of a send (default: auto)")
     sized("--engine", choices=("mte", "dma"), help="what moves sends, puts and kv (default: mte, but dma for kv)")
     sized("--dtype", choices=("bf16", "fp16", "fp32"), default=default.dtype, help="of all data (default: bf16)")
-
-    sized(
-        "--algorithm", choices=("auto", *ALGORITHMS), default=default.algorithm, help="of a collective (default: auto)"
-    )
+    sized("--algorithm", choices=("auto", *ALGORITHMS), default=default.algorithm,
+          help="of a collective (default: auto)")  # fmt: skip
     sized("--reduction", choices=OPERATORS, default=default.reduction, help="of collectives that reduce (default: sum)")
 
     moe = parser.add_argument_group("mixture of experts (dispatch combine moe a2e e2a)").add_argument
@@ -173,20 +158,12 @@ def add_work_options(parser: argparse.ArgumentParser, iters_help: str = _ITERS_H
     moe("--experts", type=positive, metavar="N", help="in all (default: 256; a2e, e2a: one for each expert die)")
     moe("--topk", type=positive, metavar="N", default=default.topk, help="experts of a token (default: 8)")
     moe("--quant", choices=("int8", "none"), default=default.quant, help="of dispatched tokens (default: int8)")
-    moe(
-        "--protocol",
-        choices=("pull", "push", "direct"),
-        default=default.protocol,
-        help="of dispatch and combine (default: pull)",
-    )
+    moe("--protocol", choices=("pull", "push", "direct"), default=default.protocol,
+        help="of dispatch and combine (default: pull)")  # fmt: skip
     moe("--rows", choices=("expanded", "dedup"), default=default.rows,
         help="a row for each expert of a token (default), or for each rank that has any")  # fmt: skip
-    moe(
-        "--routing",
-        metavar="SPEC",
-        default=default.routing,
-        help="uniform (default), zipf[:S], hot[:K], skew or file:PATH",
-    )
+    moe("--routing", metavar="SPEC", default=default.routing,
+        help="uniform (default), zipf[:S], hot[:K], skew or file:PATH")  # fmt: skip
 
     kv = parser.add_argument_group("KV cache (kv), where sizes are those of a block in one layer").add_argument
     kv("--blocks", type=positive, metavar="N", default=default.blocks, help="of a request (default: 16)")
