@@ -18,6 +18,7 @@ def projected(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str,
     assert main(["project", *words, "--json", "-"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["schema"] == 1
+    assert list(report) == ["schema", "version", "command", "environment", "results"]  # as those of `xccl bench`
     return list(report["results"])
 
 

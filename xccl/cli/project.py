@@ -137,7 +137,10 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if args.json != "-":
         _print_table(args, title, rows)
     if args.json:
-        document = {"schema": _SCHEMA, "version": __version__, "command": args.command, "results": rows}
+        from xccl.cli.environment import environment
+
+        document = {"schema": _SCHEMA, "version": __version__, "command": args.command}
+        document |= {"environment": environment(), "results": rows}
         text = json.dumps(document, indent=2)
         if args.json == "-":
             print(text)

@@ -13,9 +13,9 @@ from ..comm.buffers import require_int
 from ..comm.core import require_timeout
 from ..errors import UsageError
 from ..fabric import ShmFabric
-from ..kernels import warm
 from ..layout.segment import Geometry
 from .cleanup import remove_stale
+from .compiling import compile_kernels
 from .launch import MAX_RANKS, make_geometry
 
 #: Where rank and size are looked for, first match wins: xccl's own, torchrun's, Open MPI's, Slurm's.
@@ -75,7 +75,7 @@ def init(
     session_id = hashlib.sha256(f"xccl session {session}".encode()).digest()[:16]
     geometry = make_geometry(size, app_bytes, heap_bytes, ring_slots, slot_bytes)
     op_timeout_s, join_timeout_s = require_timeout(op_timeout_s), require_timeout(join_timeout_s)
-    warm()
+    compile_kernels()
     remove_stale()
     fabric = ShmFabric(session_id, rank, geometry, join_timeout_s=join_timeout_s)
     comm = Communicator(fabric, op_timeout_s=op_timeout_s)

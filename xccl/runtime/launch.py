@@ -8,9 +8,9 @@ from typing import Any
 from ..comm.buffers import require_int
 from ..comm.core import require_timeout
 from ..errors import UsageError
-from ..kernels import warm
 from ..layout.segment import Geometry
 from .cleanup import remove_stale
+from .compiling import compile_kernels
 from .processes import run_processes
 from .threads import run_threads
 
@@ -87,7 +87,7 @@ def launch(
         raise UsageError(f"start_method must be fork or spawn, got {start_method!r}", value=start_method)
     timeout_s, op_timeout_s = require_timeout(timeout_s), require_timeout(op_timeout_s)
     geometry = make_geometry(ranks, app_bytes, heap_bytes, ring_slots, slot_bytes)
-    warm()
+    compile_kernels()
     arguments = (main, ranks, tuple(args), dict(kwargs or {}))
     if fabric == "local":
         return run_threads(
