@@ -120,7 +120,7 @@ class Communicator(SendReceive, Collectives, Grouping):
 
     @op_timeout_s.setter
     def op_timeout_s(self, value: float) -> None:
-        self.core.op_timeout_s = require_timeout(value)
+        self.core.op_timeout_s = require_timeout(value, "op_timeout_s")
 
     # -- symmetric memory -------------------------------------------------------------------------------------------
 

@@ -74,7 +74,8 @@ def init(
         )
     session_id = hashlib.sha256(f"xccl session {session}".encode()).digest()[:16]
     geometry = make_geometry(size, app_bytes, heap_bytes, ring_slots, slot_bytes)
-    op_timeout_s, join_timeout_s = require_timeout(op_timeout_s), require_timeout(join_timeout_s)
+    op_timeout_s = require_timeout(op_timeout_s, "op_timeout_s")
+    join_timeout_s = require_timeout(join_timeout_s, "join_timeout_s")
     compile_kernels()
     remove_stale()
     fabric = ShmFabric(session_id, rank, geometry, join_timeout_s=join_timeout_s)

@@ -85,7 +85,7 @@ def launch(
         raise UsageError(f"fabric must be one of {', '.join(_FABRICS)}, got {fabric!r}", value=fabric, bound=_FABRICS)
     if start_method not in _START_METHODS:
         raise UsageError(f"start_method must be fork or spawn, got {start_method!r}", value=start_method)
-    timeout_s, op_timeout_s = require_timeout(timeout_s), require_timeout(op_timeout_s)
+    timeout_s, op_timeout_s = require_timeout(timeout_s), require_timeout(op_timeout_s, "op_timeout_s")
     geometry = make_geometry(ranks, app_bytes, heap_bytes, ring_slots, slot_bytes)
     compile_kernels()
     arguments = (main, ranks, tuple(args), dict(kwargs or {}))
