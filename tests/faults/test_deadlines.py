@@ -328,7 +328,7 @@ def test_impossible_deadlines(timeout_s: Any) -> None:
         ("join_timeout_s", lambda: xccl.init(0, 1, "x", join_timeout_s=timeout_s)),
         ("op_timeout_s", lambda: xccl.init(0, 1, "x", op_timeout_s=timeout_s)),
     ):
-        with pytest.raises(xccl.UsageError, match=f"^{name} must be"):
+        with pytest.raises(xccl.UsageError, match=rf"^{name} must be"):
             call()
 
 
@@ -342,7 +342,7 @@ def test_impossible_deadlines_of_calls(fabric: str) -> None:
                 lambda t: comm.recv(np.zeros(1), 0, 1, timeout_s=t),
                 lambda t: comm.send(np.zeros(1), 0, 1, timeout_s=t),
             ):
-                with pytest.raises(xccl.UsageError, match="^timeout_s must be"):
+                with pytest.raises(xccl.UsageError, match=r"^timeout_s must be"):
                     call(timeout_s)
         comm.barrier()
 
