@@ -112,6 +112,14 @@ def test_every_public_name_has_its_place_in_the_reference() -> None:
     assert not missing, "add them to docs/reference/*.md"
 
 
+def test_every_operation_has_its_place_in_the_reference() -> None:
+    """A page shows the methods of the class it names, and not those that it inherits."""
+    page = (ROOT / "docs" / "reference" / "communicator.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^::: (\S+)$", page, re.MULTILINE))
+    bases = {f"{base.__module__}.{base.__name__}" for base in xccl.Communicator.__mro__[1:-1]}
+    assert bases <= documented, "add them to docs/reference/communicator.md"
+
+
 def test_every_record_is_on_the_page_on_memory_layout() -> None:
     path = ROOT / "docs" / "_hooks" / "layout_page.py"
     spec = importlib.util.spec_from_file_location("layout_page", path)

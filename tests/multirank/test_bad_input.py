@@ -260,6 +260,45 @@ def test_too_many_tokens(fabric: str) -> None:
         assert error.needed_bytes / error.available_bytes == 5 / 4
 
 
+def test_an_error_of_one_rank_is_the_one_that_launch_raises(fabric: str) -> None:
+    """Not what the others are told of it, which has no numbers."""
+
+    def main(comm: xccl.Communicator) -> None:
+        comm.allreduce(np.ones(2), "avg" if comm.rank == 2 else "sum")
+
+    with pytest.raises(UsageError, match="op must be one of sum, prod, max, min, got 'avg'") as caught:
+        launch(main, 3, fabric)
+    assert caught.value.__notes__ == ["raised by rank 2"]
+
+
+def test_a_full_area_says_what_makes_it_larger(fabric: str) -> None:
+    def main(comm: xccl.Communicator) -> list[BaseException | None]:
+        experts = {"num_experts": 2, "hidden": 1 << 16, "top_k": 1, "max_tokens": 64, "dtype": FP32}
+        return [
+            error_of(comm.empty, 1 << 21, np.int8),
+            error_of(xccl.ExpertParallel, comm, **experts, protocol="push"),
+        ]
+
+    for app, heap in launch(main, RANKS, fabric, app_bytes=1 << 20, heap_bytes=1 << 20):
+        assert isinstance(app, CapacityError)
+        assert isinstance(heap, CapacityError)
+        assert "launch and init take app_bytes" in str(app)
+        assert "launch and init take heap_bytes" in str(heap)
+
+
+def test_use_after_free(fabric: str) -> None:
+    def main(comm: xccl.Communicator) -> list[BaseException | None]:
+        bench = Bench(comm)
+        assert f"protocol='pull', rows='expanded', rank={comm.rank} of 2" in repr(bench.ep)
+        bench.ep.free()
+        return [error_of(call) for call in (bench.ep.free, bench.dispatch, bench.combine)]
+
+    for found in launch(main, RANKS, fabric):
+        for error in found:
+            assert isinstance(error, UsageError)
+            assert "it was freed" in str(error)
+
+
 @pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf"), "soon", True])
 def test_a_bad_deadline_of_a_request(fabric: str, timeout_s: Any) -> None:
     def main(comm: xccl.Communicator) -> BaseException | None:
@@ -285,10 +324,10 @@ def test_a_bad_deadline_of_a_request(fabric: str, timeout_s: Any) -> None:
         ({"fabric": "mpi"}, ["'mpi'", "shm", "local"]),
         ({"fabric": None}, ["None", "shm", "local"]),
         ({"start_method": "thread"}, ["'thread'", "fork", "spawn"]),
-        ({"timeout_s": 0}, ["0"]),
+        ({"timeout_s": 0}, ["timeout_s must be more than 0"]),
         ({"timeout_s": float("inf")}, ["inf"]),
-        ({"op_timeout_s": -3}, ["-3"]),
-        ({"op_timeout_s": None}, ["None"]),
+        ({"op_timeout_s": -3}, ["op_timeout_s must be more than 0", "-3"]),
+        ({"op_timeout_s": None}, ["op_timeout_s must be a number", "None"]),
         ({"app_bytes": 0}, ["app_bytes", "0", "4096"]),
         ({"app_bytes": 1 << 41}, ["app_bytes", str(1 << 41), str(1 << 40)]),
         ({"heap_bytes": -1}, ["heap_bytes", "-1", "4096"]),
@@ -297,6 +336,9 @@ def test_a_bad_deadline_of_a_request(fabric: str, timeout_s: Any) -> None:
         ({"slot_bytes": 32}, ["slot_bytes", "32", "64"]),
         ({"slot_bytes": 100}, ["slot_bytes", "100", "64"]),
         ({"main": "main"}, ["main", "str"]),
+        ({"args": 5}, ["args", "tuple", "int", "(x,)"]),
+        ({"args": "text"}, ["args", "tuple", "str", "(x,)"]),
+        ({"kwargs": ["tokens"]}, ["kwargs", "dict", "list"]),
     ],
     ids=str,
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +155,17 @@ def test_all_options_of_a_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("bench put --dtype int4", "invalid choice: 'int4'"),
         ("bench put --fabric mpi", "invalid choice: 'mpi'"),
         ("bench put --timeout 0", "0 must be a number of seconds above 0"),
-        ("bench put --frobnicate", "unrecognized arguments: --frobnicate"),
+        ("bench put --frobnicate", "xccl bench: error: unrecognized arguments: --frobnicate (see xccl bench --help)"),
+        ("bench moe --token 8", "unrecognized arguments: --token 8; did you mean --tokens? (see xccl bench --help)"),
+        ("bench moe --protocl=push", "unrecognized arguments: --protocl=push; did you mean --protocol?"),
+        ("doctor --clear", "xccl doctor: error: unrecognized arguments: --clear; did you mean --clean?"),
+        ("--frobnicate bench", "xccl: error: unrecognized arguments: --frobnicate (see xccl --help)"),
+        ("bench dispach", "unknown operation 'dispach': one of put, get"),
+        ("bench dispach", "scatter; did you mean dispatch?"),
+        ("bench barrier --ranks 1025", "--ranks is 1025: at most 1024"),
+        ("bench a2e --attention 1000 --experts 25", "--ranks is 1025: at most 1024"),
+        ("bench put --project cm384@0", "--project cm384@0: must be MACHINE or MACHINE@RANKS, of 1 rank or more"),
+        ("bench put --project cm384@", "--project cm384@: must be MACHINE or MACHINE@RANKS, of 1 rank or more"),
         ("bench moe --rows some", "invalid choice: 'some'"),
         ("bench moe --protocol shove", "invalid choice: 'shove'"),
         ("bench moe --experts 8 --topk 9", "--topk is 9: more than --experts (8)"),
@@ -167,8 +179,9 @@ def test_all_options_of_a_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("bench moe --tokens -1", "-1 must be at least 0"),
         ("bench moe --routing nope", "unknown routing 'nope'"),
         ("bench moe --routing file:absent.npy", "absent.npy: No such file"),
-        ("bench moe --json /nonexistent/x.json", "cannot write /nonexistent/x.json"),
-        ("bench moe --csv /", "cannot write /"),
+        ("bench moe --json /nonexistent/x.json", "cannot write /nonexistent/x.json: there is no folder /nonexistent"),
+        ("bench moe --csv /", "cannot write /: it is a folder"),
+        ("bench put --json - --csv -", "--json - and --csv -: one of them can go to standard output"),
         ("nope", "invalid choice: 'nope'"),
         ("", "the following arguments are required: COMMAND"),
     ],
@@ -254,11 +267,74 @@ def test_version_and_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert names == list(BENCHMARKS)
 
 
+def test_the_list_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.index(BENCHMARKS[line.split()[0]].summary) for line in lines} == {len("reduce-scatter") + 1}
+
+
+def test_options_that_mean_nothing_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody is to believe that they did something."""
+    monkeypatch.setattr(bench, "_run", lambda *_, **__: 0)
+    assert (
+        main(
+            [
+                "bench",
+                "put",
+                "--tokens",
+                "4",
+                "--lanes",
+                "8",
+                "-b",
+                "16",
+                "--engine",
+                "dma",
+                "--routing",
+                "skew",
+                "--timeout",
+                "5",
+            ]
+        )
+        == 0
+    )
+    notes = [f"xccl bench: note: {option} means nothing to put" for option in ("--lanes", "--tokens", "--routing")]
+    assert capsys.readouterr().err.splitlines() == notes
+    assert (
+        main(["bench", "allreduce", "--reduction", "max", "--algorithm", "mesh", "--dtype", "fp32", "--seed", "3"]) == 0
+    )
+    assert capsys.readouterr().err == ""
+
+
+def test_a_full_disk_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "xccl.cli.main", "bench", "--list"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "xccl bench: error: cannot write to standard output: No space left on device\n"
+
+
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["bench", "--help"])
     assert stop.value.code == 0
     assert "--back-to-back" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["", "bench", "calibrate", "doctor", "project", "trace", "validate"])
+@pytest.mark.parametrize("columns", [80, 100])
+def test_help_is_short_and_fits(
+    command: str, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A usage of one line or two, and no line beyond the terminal but for examples."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    text = capsys.readouterr().out.partition("\nexamples:")[0]
+    usage = text.split("\n\n", 1)[0].splitlines()
+    assert len(usage) <= 2
+    assert max(map(len, text.splitlines())) <= columns
 
 
 def test_ctrl_c_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ def projected(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str,
     assert main(["project", *words, "--json", "-"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["schema"] == 1
+    assert list(report) == ["schema", "version", "command", "environment", "results"]  # as those of `xccl bench`
     return list(report["results"])
 
 
@@ -185,6 +186,41 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         assert text in out
 
 
+@pytest.mark.parametrize(
+    ("words", "assumed"),
+    [
+        ("dispatch", "hidden 7168, 256 experts, top-8, bf16, quant int8, push, routing even"),
+        ("moe --ep 8,320 --quant none", "hidden 7168, 256 or 320 experts, top-8, bf16, quant none, push, routing even"),
+        ("dispatch --ep 8 --protocol deepep", "hidden 7168, 256 experts, top-8, bf16, quant fp8, deepep, routing even"),
+        (
+            "a2e",
+            "hidden 7168, 160 attention dies, 288 expert dies (32 shared), 160 trampolines, top-8, bf16, quant int8, routing even",
+        ),
+        (
+            "e2a --trampolines 0 --shared 0",
+            "hidden 7168, 160 attention dies, 288 expert dies (0 shared), direct, top-8, bf16, quant int8, routing even",
+        ),
+        ("kv --blocks 2 --layers 2", "between dies of neighbouring nodes, engine dma"),
+    ],
+)
+def test_the_table_says_what_was_assumed(words: str, assumed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A figure means nothing without the defaults that it rests on."""
+    assert main(["project", *words.split()]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == f"# {assumed}"
+
+
+def test_columns_are_as_wide_as_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["project", "sendrecv", "--bytes", "8,64M"]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()[2:]
+    ends = [line.index(text) + len(text) for line in lines for text in (" lanes",)]
+    assert ends == [header.index("size") + len("size")] * 4
+
+
+def test_a_result_says_what_it_is_of(capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = projected(capsys, "dispatch", "--ep", "8", "--topk", "4", "--quant", "none")
+    assert (row["topk"], row["quant"], row["protocol"], row["experts"]) == (4, "none", "push", 256)
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_a_picture(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / f"stages.{suffix}"
@@ -209,7 +245,7 @@ def test_a_picture_that_cannot_be_written(tmp_path: Path, capsys: pytest.Capture
     folder = tmp_path / "folder.png"
     folder.mkdir()
     assert main(["project", "put", "--plot", str(folder)]) == 2
-    assert capsys.readouterr() == ("", f"xccl project: error: cannot write {folder}\n")
+    assert capsys.readouterr() == ("", f"xccl project: error: cannot write {folder}: it is a folder\n")
 
 
 def test_without_matplotlib(

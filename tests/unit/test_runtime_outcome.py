@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from xccl.errors import CapacityError, FabricError, PeerDied, SessionAborted, WaitTimeout, XcclError
+from xccl.errors import CapacityError, FabricError, PeerDied, SessionAborted, UsageError, WaitTimeout, XcclError
 from xccl.runtime.outcome import Outcome, RankTraceback, raise_failure
 
 RESULT = Outcome("result", 1)
@@ -41,6 +41,17 @@ def test_results_alone_are_no_failure() -> None:
             CapacityError,
             1,
         ),
+        (
+            {
+                0: failed(SessionAborted("x", peer=2)),
+                1: failed(UsageError("rank 2 was given an impossible argument", peer=2)),
+                2: failed(UsageError("op must be one of sum, prod, max, min, got 'avg'", value="avg")),
+            },
+            UsageError,
+            2,
+        ),
+        # What a rank was told explains more than that the session has ended.
+        ({0: failed(SessionAborted("x", peer=1)), 1: failed(UsageError("rank 2 was given", peer=2))}, UsageError, 1),
         # A rank's own error explains more than a death, which may be due to it.
         ({0: DEATH, 1: failed(OSError("cause"))}, OSError, 1),
         # The first of equals.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from xccl._version import __version__
 from xccl.cli import report
 from xccl.cli.bench_peer import PEERS, check_peer, run_peer
-from xccl.cli.options import BenchOptions, add_bench_options, bench_options
+from xccl.cli.options import BenchOptions, add_bench_options, bench_options, foreign_options
+from xccl.cli.parsing import given, require_operation
 from xccl.errors import ModelError, UsageError
 
 #: The waits inside have deadlines of their own; this only ends a run that nobody waits for any more.
@@ -24,31 +27,32 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         "busbw the part of it that leaves the rank, as in nccl-tests. Sizes are written 8, 64K, 4M or 1G. Exit status: "
         "1 if any element is wrong or the run failed, 2 for a usage error."
     )
+    parser.usage = "xccl bench OP [options]"
     add_bench_options(parser)
     parser.add_argument(
         "--peer", choices=PEERS, help="instead, measure xccl and this library in turns; needs the source tree"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=partial(run, parser))
 
 
-def run(args: argparse.Namespace) -> int:
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     from xccl.cli.bench_ops import BENCHMARKS
     from xccl.cli.memory import available_bytes, require_memory
 
     if args.list:
+        width = max(map(len, BENCHMARKS))
         for name, benchmark in BENCHMARKS.items():
-            print(f"{name:12s} {benchmark.summary}")
+            print(f"{name:{width}} {benchmark.summary}")
         return 0
-    if args.op not in BENCHMARKS:
-        asked = "no operation given" if args.op is None else f"unknown operation {args.op!r}"
-        raise UsageError(f"{asked}: one of {', '.join(BENCHMARKS)}")
-    benchmark = BENCHMARKS[args.op]
+    benchmark = BENCHMARKS[require_operation(args.op, BENCHMARKS)]
     if args.peer is not None:
         check_peer(args)
         return run_peer(args, bench_options(args, benchmark), benchmark)
     moe = benchmark.sweep == "tokens"
     options = bench_options(args, benchmark)
+    for option in given(parser, args, foreign_options(args.op, benchmark)):
+        print(f"xccl bench: note: {option} means nothing to {args.op}", file=sys.stderr)
     if args.memory_check:
         require_memory(options, benchmark.sweep, available_bytes())
     return _run(args, options, rows_expected=len(benchmark.cases(options)) * len(benchmark.rows), moe=moe)

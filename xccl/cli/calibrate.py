@@ -54,11 +54,13 @@ def _fit(args: argparse.Namespace) -> int:
     values = fit(machine, published_rows(IMPLEMENTATION_OF[args.machine]))
     fitted = machine.with_values(values)
     print(f"# xccl {__version__} calibrate: {machine.title}, on {IMPLEMENTATION_OF[args.machine]}")
+    print(f"# {'parameter':<24} {'profile':>9}    {'fitted':>9}")
     for parameter in machine.free:
         print(f"  {parameter.name:<24} {parameter.value:>9.4g} -> {values[parameter.name]:>9.4g}")
+    print(f"# {'op':>9} {'ep':>4} {'published':>9} {'model':>8} {'error':>7}   times in us")
     for item in compare(fitted):
         row = item.row
-        print(f"  {row.operation:>9} {row.ep:>4} {row.latency_us:>8.1f} {item.model_us:>8.1f} {item.error:>+7.1%}")
+        print(f"  {row.operation:>9} {row.ep:>4} {row.latency_us:>9.1f} {item.model_us:>8.1f} {item.error:>+7.1%}")
     if args.output:
         _write(Path(args.output), profile_text(fitted))
     return 0

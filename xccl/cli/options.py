@@ -18,7 +18,8 @@ from xccl.cli.deployment import (
 from xccl.cli.parsing import parse_bytes, parse_int_list, parse_seconds, whole_number
 from xccl.errors import UsageError
 from xccl.layout.collectives import OPERATORS
-from xccl.protocol.collectives import ALGORITHMS
+from xccl.protocol.collectives import ALGORITHMS, FLOWS
+from xccl.runtime.launch import MAX_RANKS
 
 _LARGE_BYTES: Final = 64 * 1024
 _ITERS_SMALL: Final = 100
@@ -112,8 +113,8 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
         "--no-memory-check", dest="memory_check", action="store_false", help="run even if memory seems not to suffice"
     )
     output = parser.add_argument_group("output")
-    output.add_argument("--json", metavar="FILE", help="write results; - prints them instead of the table")
-    output.add_argument("--csv", metavar="FILE", help="write results")
+    output.add_argument("--json", metavar="FILE", help="write results as JSON; - prints them instead of the table")
+    output.add_argument("--csv", metavar="FILE", help="the same as CSV")
     output.add_argument(
         "--project", metavar="MACHINE[@RANKS]", help="add what the model says of the same work: cm384, cm384@320"
     )
@@ -135,20 +136,20 @@ def add_work_options(parser: argparse.ArgumentParser, iters_help: str = _ITERS_H
     run("--timeout", dest="timeout_s", type=parse_seconds, metavar="S", default=default.timeout_s,
         help="deadline of each wait in seconds (default: 30)")  # fmt: skip
 
-    sized = parser.add_argument_group("sizes (put get put-signal sendrecv, collectives)").add_argument
-    sized("-b", "--min-bytes", type=parse_bytes, metavar="SIZE", default=default.min_bytes, help="default: 8")
-    sized("-e", "--max-bytes", type=parse_bytes, metavar="SIZE", help="default: 4M, but 1G in all ranks together")
-    sized(
-        "-f", "--factor", type=whole_number(2), metavar="N", default=default.factor, help="between sizes (default: 2)"
-    )
-    sized(
-        "--lanes", type=whole_number(1, _MAX_LANES), metavar="N", default=default.lanes, help="of a send (default: 2)"
-    )
-    sized("--mode", choices=("auto", "ring", "zero_copy"), default=default.mode, help="of a send (default: auto)")
-    sized("--engine", choices=("mte", "dma"), help="of sends, puts and kv (default: mte, but dma for kv)")
+    sized = parser.add_argument_group("sizes (put get put-signal sendrecv kv, collectives)").add_argument
+    sized("-b", "--min-bytes", type=parse_bytes, metavar="SIZE", default=default.min_bytes,
+          help="smallest (default: 8)")  # fmt: skip
+    sized("-e", "--max-bytes", type=parse_bytes, metavar="SIZE",
+          help="largest (default: 4M, but 1G in all ranks together)")  # fmt: skip
+    sized("-f", "--factor", type=whole_number(2), metavar="N", default=default.factor,
+          help="from size to size (default: 2)")  # fmt: skip
+    sized("--lanes", type=whole_number(1, _MAX_LANES), metavar="N", default=default.lanes,
+          help="of a send (default: 2)")  # fmt: skip
+    sized("--mode", choices=("auto", "ring", "zero_copy"), default=default.mode, help="way of a send (default: auto)")
+    sized("--engine", choices=("mte", "dma"), help="what moves sends, puts and kv (default: mte, but dma for kv)")
     sized("--dtype", choices=("bf16", "fp16", "fp32"), default=default.dtype, help="of all data (default: bf16)")
-
-    sized("--algorithm", choices=("auto", *ALGORITHMS), default=default.algorithm, help="of a collective")
+    sized("--algorithm", choices=("auto", *ALGORITHMS), default=default.algorithm,
+          help="of a collective (default: auto)")  # fmt: skip
     sized("--reduction", choices=OPERATORS, default=default.reduction, help="of collectives that reduce (default: sum)")
 
     moe = parser.add_argument_group("mixture of experts (dispatch combine moe a2e e2a)").add_argument
@@ -157,15 +158,12 @@ def add_work_options(parser: argparse.ArgumentParser, iters_help: str = _ITERS_H
     moe("--experts", type=positive, metavar="N", help="in all (default: 256; a2e, e2a: one for each expert die)")
     moe("--topk", type=positive, metavar="N", default=default.topk, help="experts of a token (default: 8)")
     moe("--quant", choices=("int8", "none"), default=default.quant, help="of dispatched tokens (default: int8)")
-    moe(
-        "--protocol",
-        choices=("pull", "push", "direct"),
-        default=default.protocol,
-        help="of dispatch and combine (default: pull)",
-    )
+    moe("--protocol", choices=("pull", "push", "direct"), default=default.protocol,
+        help="of dispatch and combine (default: pull)")  # fmt: skip
     moe("--rows", choices=("expanded", "dedup"), default=default.rows,
         help="a row for each expert of a token (default), or for each rank that has any")  # fmt: skip
-    moe("--routing", metavar="SPEC", default=default.routing, help="uniform, zipf[:S], hot[:K], skew or file:PATH")
+    moe("--routing", metavar="SPEC", default=default.routing,
+        help="uniform (default), zipf[:S], hot[:K], skew or file:PATH")  # fmt: skip
 
     kv = parser.add_argument_group("KV cache (kv), where sizes are those of a block in one layer").add_argument
     kv("--blocks", type=positive, metavar="N", default=default.blocks, help="of a request (default: 16)")
@@ -202,6 +200,37 @@ class Needs(Protocol):
         """What moves bytes if nothing is asked for."""
 
 
+#: Options that mean something to some operations only.
+_SIZED: Final = ("min_bytes", "max_bytes", "factor")
+_EXPERTS: Final = ("tokens", "hidden", "experts", "topk", "quant", "protocol", "rows", "routing")
+_KV: Final = ("blocks", "layers")
+_APART: Final = tuple(Deployment.__dataclass_fields__)
+_WITH_ENGINE: Final = ("put", "sendrecv", "kv")
+
+
+def foreign_options(op: str, benchmark: Needs) -> tuple[str, ...]:
+    """The options that mean nothing to an operation, by the attribute that they set."""
+    flow = {str(kind).replace("_", "-"): flow for kind, flow in FLOWS.items()}.get(op)
+    foreign: tuple[str, ...] = () if op == "sendrecv" else ("lanes", "mode")
+    if op not in _WITH_ENGINE:
+        foreign += ("engine",)
+    if flow is None or op == "alltoallv":
+        foreign += ("algorithm",)
+    if flow is None or not flow.reduces:
+        foreign += ("reduction",)
+    if benchmark.sweep != "bytes":
+        foreign += _SIZED
+    if benchmark.sweep != "tokens":
+        foreign += _EXPERTS
+    if benchmark.sweep == "nothing":
+        foreign += ("dtype",)
+    if not benchmark.in_pairs:
+        foreign += _KV
+    if not benchmark.is_deployed:
+        foreign += _APART
+    return foreign
+
+
 def bench_options(args: argparse.Namespace, benchmark: Needs) -> BenchOptions:
     """Complete and check parsed arguments; UsageError says the option, the value and its bound."""
     default_ranks, min_ranks = benchmark.default_ranks, benchmark.min_ranks
@@ -221,6 +250,8 @@ def bench_options(args: argparse.Namespace, benchmark: Needs) -> BenchOptions:
         messages = ranks * args.blocks * args.layers if benchmark.in_pairs else ranks
         values["max_bytes"] = max(args.min_bytes, _default_max_bytes(messages))
     options = BenchOptions(**values)
+    if options.ranks > MAX_RANKS:
+        raise UsageError(f"--ranks is {options.ranks}: at most {MAX_RANKS}", value=options.ranks, bound=MAX_RANKS)
     if options.ranks < min_ranks:
         raise UsageError(f"--ranks is {options.ranks}: {options.op} needs at least {min_ranks}", bound=min_ranks)
     if benchmark.in_pairs and options.ranks % 2:
@@ -233,6 +264,8 @@ def bench_options(args: argparse.Namespace, benchmark: Needs) -> BenchOptions:
         raise UsageError(f"--min-bytes is {options.min_bytes}, more than --max-bytes ({options.max_bytes})")
     if uses_experts:
         _check_experts(options)
+    if args.json == args.csv == "-":
+        raise UsageError("--json - and --csv -: one of them can go to standard output, not both")
     for path in (args.json, args.csv):
         if path and path != "-":
             check_writable(path)
@@ -262,6 +295,9 @@ def _check_experts(options: BenchOptions) -> None:
 def check_writable(path: str) -> None:
     """Found out now, rather than when the results of an hour are lost; UsageError if not."""
     folder = Path(path).absolute().parent
-    target = path if Path(path).exists() else folder
-    if Path(path).is_dir() or not os.access(target, os.W_OK):
-        raise UsageError(f"cannot write {path}")
+    if Path(path).is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder", value=path)
+    if not folder.is_dir():
+        raise UsageError(f"cannot write {path}: there is no folder {folder}", value=path)
+    if not os.access(path if Path(path).exists() else folder, os.W_OK):
+        raise UsageError(f"cannot write {path}: no permission", value=path)

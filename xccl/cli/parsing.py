@@ -6,7 +6,8 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Final, NoReturn
+from difflib import get_close_matches
+from typing import Any, Final, NoReturn
 
 from xccl.errors import UsageError
 
@@ -19,7 +20,36 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error and exit."""
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is not known here, where the command is known, rather than in the parser of all commands."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            hint = did_you_mean(unknown[0].partition("=")[0], options)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return parsed, unknown
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """What to append to the refusal of a word: the name it resembles, if there is one."""
+    found = get_close_matches(word, names, n=1, cutoff=0.7)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def require_operation(op: str | None, names: Iterable[str]) -> str:
+    """The operation, if there is one of that name.
+
+    Raises:
+        UsageError: there is none, or none was given.
+    """
+    names = list(names)
+    if op is None:
+        raise UsageError(f"no operation given: one of {', '.join(names)}")
+    if op not in names:
+        raise UsageError(f"unknown operation {op!r}: one of {', '.join(names)}{did_you_mean(op, names)}", value=op)
+    return op
 
 
 def parse_bytes(text: str) -> int:
@@ -77,6 +107,18 @@ def parse_seconds(text: str) -> float:
 _OPTION_OF: Final = {"check": "--no-check", "timeout_s": "--timeout"}
 
 
+def given(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """By option, the values of those that were not left alone.
+
+    Args:
+        parser: which has the defaults.
+        args: what was parsed.
+        names: attributes of `args`.
+    """
+    changed = [name for name in names if getattr(args, name) != parser.get_default(name)]
+    return {_OPTION_OF.get(name, "--" + name.replace("_", "-")): getattr(args, name) for name in changed}
+
+
 def refuse_given(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Iterable[str], why: str) -> None:
     """Refuse options that would change nothing, rather than let somebody believe that they did.
 
@@ -89,8 +131,5 @@ def refuse_given(parser: argparse.ArgumentParser, args: argparse.Namespace, name
     Raises:
         UsageError: one of them has another value than its default.
     """
-    for name in names:
-        value = getattr(args, name)
-        if value != parser.get_default(name):
-            option = _OPTION_OF.get(name, "--" + name.replace("_", "-"))
-            raise UsageError(f"{option} {why}", value=value)
+    for option, value in given(parser, args, names).items():
+        raise UsageError(f"{option} {why}", value=value)

@@ -51,6 +51,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     """Declare the options of this command."""
     positive = whole_number(1)
     parser.description = "Project an operation onto a machine: modelled times, calibrated on published figures."
+    parser.usage = "xccl project OP [options]"
     parser.add_argument("op", metavar="OP", choices=tuple(_OPTIONS_OF), help=", ".join(_OPTIONS_OF))
     machine = parser.add_argument_group("machine").add_argument
     machine("--machine", default="cm384", help="profile, or path of one (default: cm384)")
@@ -136,7 +137,10 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if args.json != "-":
         _print_table(args, title, rows)
     if args.json:
-        document = {"schema": _SCHEMA, "version": __version__, "command": args.command, "results": rows}
+        from xccl.cli.environment import environment
+
+        document = {"schema": _SCHEMA, "version": __version__, "command": args.command}
+        document |= {"environment": environment(), "results": rows}
         text = json.dumps(document, indent=2)
         if args.json == "-":
             print(text)
@@ -177,7 +181,7 @@ def _row(args: argparse.Namespace, machine: Machine, shape: dict[str, Any], part
     else:
         projections = [project(part, machine, args.placement) for part in parts]
         whole = projections[0] if len(projections) == 1 else together(args.op, projections)
-    row = {"op": args.op, "ranks": whole.ranks, **shape, "protocol": whole.protocol, "projected": as_json(whole)}
+    row = {"op": args.op, "ranks": whole.ranks, "protocol": whole.protocol, **shape, "projected": as_json(whole)}
     if start_us is not None:
         row |= {"skew_us": args.skew_us, "skew": args.skew, "last_start_us": float(start_us.max())}
     if args.sensitivity:
@@ -196,12 +200,15 @@ def as_json(projection: Projection) -> dict[str, Any]:
 
 def _print_table(args: argparse.Namespace, title: str, rows: list[dict[str, Any]]) -> None:
     print(f"# xccl {__version__} project: {title}; projected times in us, nothing was run")
-    print(f"# {'op':>9} {'ranks':>6} {'size':>18} {'projected':>10} {'low':>8} {'high':>8}  bottleneck")
+    if assumed := _assumed(rows):
+        print(f"# {assumed}")
+    width = max(18, *(len(_size(row)) for row in rows))
+    print(f"# {'op':>9} {'ranks':>6} {'size':>{width}} {'projected':>10} {'low':>8} {'high':>8}  bottleneck")
     for row in rows:
         projected = row["projected"]
         share = f"{projected['bottleneck']} ({projected['bottleneck_share']:.0%})"
         times = f"{projected['time_us']:>10.1f} {projected['low_us']:>8.1f} {projected['high_us']:>8.1f}"
-        print(f"  {row['op']:>9} {row['ranks']:>6} {_size(row):>18} {times}  {share}")
+        print(f"  {row['op']:>9} {row['ranks']:>6} {_size(row):>{width}} {times}  {share}")
         if "skew_us" in row:
             by_rank = ", ".join(f"{name} {us:.1f}" for name, us in projected["rank_us"].items())
             print(f"    the last rank starts at {row['last_start_us']:.1f}; a rank, from its own call: {by_rank}")
@@ -211,6 +218,22 @@ def _print_table(args: argparse.Namespace, title: str, rows: list[dict[str, Any]
         for item in row.get("sensitivities", ())[:_SHOWN_SENSITIVITIES]:
             print(f"    {item['parameter']:<32} {item['value']:>8g} 1% more: {item['elasticity']:+.2f}% of the time")
     sys.stdout.flush()
+
+
+def _assumed(rows: list[dict[str, Any]]) -> str:
+    """What was projected besides the sizes, defaults included: they decide the figures, and differ between commands."""
+    row = rows[0]
+    if "attention" in row:
+        route = f"{row['trampolines']} trampolines" if row["trampolines"] else "direct"
+        dies = f"{row['attention']} attention dies, {row['experts']} expert dies ({row['shared']} shared), {route}"
+    elif "hidden" in row:
+        dies = f"{' or '.join(str(experts) for experts in dict.fromkeys(row['experts'] for row in rows))} experts"
+    else:
+        return f"between dies of neighbouring nodes, engine {row['engine']}" if "engine" in row else ""
+    quant = "fp8" if (row["protocol"], row["quant"]) == ("deepep", "int8") else row["quant"]
+    shape = f"hidden {row['hidden']}, {dies}, top-{row['topk']}, bf16, quant {quant}"
+    protocol = "" if "attention" in row else f", {row['protocol']}"
+    return f"{shape}{protocol}, routing {row['routing']}"
 
 
 def _size(row: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from xccl.model.project import (
     whole_experts,
 )
 from xccl.model.topology import place
+from xccl.protocol.a2e import default_trampolines
 
 if TYPE_CHECKING:
     from xccl.model.machine import Machine
@@ -77,7 +78,8 @@ def _expert_work(args: argparse.Namespace, machine: Machine, ranks: int, tokens:
         )
         for op in (("dispatch", "combine") if args.op == "moe" else (args.op,))
     ]  # fmt: skip
-    return {"tokens": tokens, "hidden": args.hidden, "experts": experts, "routing": args.routing}, parts
+    shape = {"protocol": args.protocol, "tokens": tokens, "hidden": args.hidden, "experts": experts}
+    return {**shape, "topk": args.topk, "quant": args.quant, "routing": args.routing}, parts
 
 
 def _apart_work(args: argparse.Namespace, machine: Machine, tokens: int) -> Work:
@@ -91,7 +93,9 @@ def _apart_work(args: argparse.Namespace, machine: Machine, tokens: int) -> Work
         args.op, attention=args.attention, experts=dies, tokens=tokens, hidden=args.hidden, top_k=args.topk,
         shared=shared, quant=args.quant, trampolines=args.trampolines, machine=machine, routing=routing,
     )  # fmt: skip
-    shape = {"tokens": tokens, "hidden": args.hidden, "attention": args.attention, "experts": dies}
+    trampolines = default_trampolines(args.attention, dies) if args.trampolines is None else args.trampolines
+    shape = {"tokens": tokens, "hidden": args.hidden, "attention": args.attention, "experts": dies, "shared": shared}
+    shape |= {"trampolines": trampolines, "topk": args.topk, "quant": args.quant}
     return {**shape, "routing": args.routing}, [described]
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from xccl.cli.results import Measurement
     from xccl.protocol.stage import Description, Entry
 
-_TARGET: Final = re.compile(r"(?P<machine>.+?)(?:@(?P<ranks>[1-9]\d*))?")
+_TARGET: Final = re.compile(r"(?P<machine>.+?)(?:@(?P<ranks>\d*))?")
 
 
 class Projector:
@@ -39,8 +39,8 @@ class Projector:
 
     def __init__(self, options: BenchOptions, target: str, option: str = "--project") -> None:
         match = _TARGET.fullmatch(target)
-        if match is None:
-            raise UsageError(f"{option} {target}: must be MACHINE or MACHINE@RANKS", value=target)
+        if match is None or (match["ranks"] is not None and int(match["ranks"] or 0) < 1):
+            raise UsageError(f"{option} {target}: must be MACHINE or MACHINE@RANKS, of 1 rank or more", value=target)
         self._options = options
         self._target = target
         self._projected: dict[tuple[Case, str], Projection] = {}

@@ -73,7 +73,8 @@ def columns_of(*, moe: bool, projected: bool = False) -> tuple[Column, ...]:
 
 def headlines(options: BenchOptions, version: str, *, moe: bool, projected: str | None = None) -> list[str]:
     """Lines that say what ran, that its times are emulated, and what is projected."""
-    kind = "processes" if options.fabric == "shm" else "threads"
+    kind = "process" if options.fabric == "shm" else "thread"
+    kind = f"a {kind}" if options.ranks == 1 else f"{kind}es" if kind == "process" else f"{kind}s"
     timing = "mean of a loop without barriers" if options.back_to_back else "slowest rank of each iteration"
     deployment = options.deployment
     protocol = options.protocol if deployment is None else deployment.text(options.ranks - deployment.attention_dies)

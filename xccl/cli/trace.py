@@ -11,11 +11,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xccl._version import __version__
-from xccl.cli.deployment import Deployment
-from xccl.cli.options import BenchOptions, Case, add_work_options, bench_options, check_writable
-from xccl.cli.parsing import refuse_given
+from xccl.cli.options import BenchOptions, Case, add_work_options, bench_options, check_writable, foreign_options
+from xccl.cli.parsing import refuse_given, require_operation
 from xccl.errors import UsageError
-from xccl.protocol.collectives import FLOWS
 
 if TYPE_CHECKING:
     from xccl.cli.bench_ops import Benchmark
@@ -24,11 +22,7 @@ if TYPE_CHECKING:
     from xccl.trace.record import Operation
 
 _RUN_TIMEOUT_S: Final = 24 * 3600.0
-#: Options that mean something to some operations only, or only where something runs.
-_SIZED: Final = ("min_bytes", "max_bytes", "factor")
-_EXPERTS: Final = ("tokens", "hidden", "experts", "topk", "quant", "protocol", "rows", "routing")
-_KV: Final = ("blocks", "layers")
-_APART: Final = tuple(Deployment.__dataclass_fields__)
+#: Options that mean something only where something runs.
 _RUNNING: Final = ("iters", "warmup", "fabric", "check", "timeout_s")
 
 
@@ -58,6 +52,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         "(ui.perfetto.dev): a track for each rank and lane. Options as for `xccl bench`. Exit status: 1 if any element "
         "is wrong or the run failed, 2 for a usage error."
     )
+    parser.usage = "xccl trace OP -o FILE [options]"
     add_work_options(parser, iters_help="traced iterations (default: 1)")
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="where to write the timeline (JSON)")
     parser.add_argument(
@@ -74,9 +69,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     from xccl.cli.projector import Projector
     from xccl.trace.chrome import write_chrome_trace
 
-    if args.op not in BENCHMARKS:
-        asked = "no operation given" if args.op is None else f"unknown operation {args.op!r}"
-        raise UsageError(f"{asked}: one of {', '.join(BENCHMARKS)}")
+    require_operation(args.op, BENCHMARKS)
     _refuse_foreign(parser, args, BENCHMARKS[args.op])
     options = bench_options(args, BENCHMARKS[args.op])
     check_writable(args.output)
@@ -107,23 +100,7 @@ def _refuse_foreign(parser: argparse.ArgumentParser, args: argparse.Namespace, b
         raise UsageError("--both needs --model: the two are a run and what the model says of it")
     if args.model is not None and not args.both:
         refuse_given(parser, args, _RUNNING, "is for a run: with --model nothing runs, unless --both is given")
-    foreign: tuple[str, ...] = () if args.op == "sendrecv" else ("lanes",)
-    flow = FLOWS.get(args.op.replace("-", "_"))
-    if flow is None or args.op == "alltoallv":
-        foreign += ("algorithm",)
-    if flow is None or not flow.reduces:
-        foreign += ("reduction",)
-    if benchmark.sweep != "bytes":
-        foreign += _SIZED
-    if benchmark.sweep != "tokens":
-        foreign += _EXPERTS
-    if benchmark.sweep == "nothing":
-        foreign += ("dtype",)
-    if not benchmark.in_pairs:
-        foreign += _KV
-    if not benchmark.is_deployed:
-        foreign += _APART
-    refuse_given(parser, args, foreign, f"means nothing to {args.op}")
+    refuse_given(parser, args, foreign_options(args.op, benchmark), f"means nothing to {args.op}")
 
 
 def _operations(traced: Iterable[_Traced]) -> list[Operation]:

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     is_good = True
     for name in (args.machine,) if args.machine else _BOUNDS:
         machine = load_machine(name)
-        print(f"# xccl {__version__} validate: {machine.title}; modelled times")
+        print(f"# xccl {__version__} validate: {machine.title}; modelled times in us, nothing was run")
         is_good &= _rows(machine)
         if name == "cm384":
             print("# known ranges, which nothing is fitted to")

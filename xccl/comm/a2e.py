@@ -49,13 +49,13 @@ from typing import Any, Literal, TypeVar, overload
 
 import numpy.typing as npt
 
-from ..errors import FabricError, UsageError
+from ..errors import UsageError
 from .a2e_attention import A2EHandle, AttentionDie
 from .a2e_experts import ExpertBatch, ExpertDie
 from .core import Core
 from .deployment import Dies, make_deployment
 from .managed import Reservation
-from .steps import StepHook, Steps
+from .steps import FREED, StepHook, Steps, unusable
 
 Array = npt.NDArray[Any]
 _Result = TypeVar("_Result")
@@ -237,7 +237,14 @@ class Disaggregated:
         """
         self._require_usable()
         self._reserved.free()
-        self._broken = "it was freed"
+        self._broken = FREED
+
+    def __repr__(self) -> str:
+        shape = self.shape
+        return (
+            f"Disaggregated(attention={len(shape.attention)}, experts={len(shape.experts)}, role={self.role!r}, "
+            f"rank={self._core.rank} of {self._core.size})"
+        )
 
     def _require_expert(self, call: str) -> ExpertDie:
         if self._expert is None:
@@ -250,7 +257,7 @@ class Disaggregated:
     def _require_usable(self) -> None:
         self._core.require_open()
         if self._broken is not None:
-            raise FabricError(f"rank {self._core.rank}: this Disaggregated object is unusable: {self._broken}")
+            raise unusable(self._core, "Disaggregated", self._broken)
 
     def _guarded(self, call: str, operate: Callable[[Steps, object], _Result]) -> _Result:
         """Run an operation; what breaks it off after its checks makes the object unusable."""

@@ -46,11 +46,13 @@ class Communicator(SendReceive, Collectives, Grouping):
         self._world: Communicator | None = None
         #: Those of all communicators of this rank.
         self.exchanges: weakref.WeakSet[Exchange] = weakref.WeakSet()
-        self.app_allocator = SymmetricAllocator("app data area", geometry.app_offset, geometry.app_bytes)
+        self.app_allocator = SymmetricAllocator("app data area", geometry.app_offset, geometry.app_bytes, "app_bytes")
         self.metadata_allocator = SymmetricAllocator(
             "metadata area", geometry.expert_metadata_offset, EXPERT_METADATA_BYTES
         )
-        self.heap_allocator = SymmetricAllocator("managed data area", geometry.heap_offset, geometry.heap_bytes)
+        self.heap_allocator = SymmetricAllocator(
+            "managed data area", geometry.heap_offset, geometry.heap_bytes, "heap_bytes"
+        )
         self._report = report
         self._parts = None
         core = Core(fabric, op_timeout_s)
@@ -118,7 +120,7 @@ class Communicator(SendReceive, Collectives, Grouping):
 
     @op_timeout_s.setter
     def op_timeout_s(self, value: float) -> None:
-        self.core.op_timeout_s = require_timeout(value)
+        self.core.op_timeout_s = require_timeout(value, "op_timeout_s")
 
     # -- symmetric memory -------------------------------------------------------------------------------------------
 

@@ -102,7 +102,7 @@ class Core:
         #: What those of groups look at: when this rank has left the session, they may go on no more than its own.
         self.dependants: weakref.WeakSet[CallState] = weakref.WeakSet()
         self.slice_ns = min(SLICE_NS * max(1, fabric.ranks // _SLICE_RANKS), _LONGEST_SLICE_NS)
-        self.op_timeout_s = require_timeout(op_timeout_s)
+        self.op_timeout_s = require_timeout(op_timeout_s, "op_timeout_s")
         self._closed = False
         self._broken: str | None = None
         self._trace: Recorder | None = None
@@ -252,8 +252,10 @@ class Core:
 
     def timed_out(self, waiting: Waiting, timeout_s: float) -> WaitTimeout:
         """The error for a wait that reached its deadline."""
+        culprit = "another rank" if waiting.peer is None else f"rank {waiting.peer}"
         return WaitTimeout(
-            f"rank {self.rank}: no success within {timeout_s:g} s in {waiting}",
+            f"rank {self.rank}: no success within {timeout_s:g} s in {waiting}; either {culprit} has not made the "
+            "matching call, or it needs a longer deadline (timeout_s of the call, op_timeout_s of the session)",
             operation=waiting.operation, event=waiting.event, rank=self.rank, peer=waiting.peer,
             expected=waiting.expected, seen=waiting.seen, timeout_s=timeout_s,
         )  # fmt: skip
@@ -398,18 +400,18 @@ def grouped(by_rank: Mapping[int, object]) -> str:
     return "; ".join(parts)
 
 
-def require_timeout(timeout_s: float) -> float:
+def require_timeout(timeout_s: float, name: str = "timeout_s") -> float:
     """The deadline, if it is a positive, finite number of seconds.
 
     Raises:
         UsageError: it is not. No call may wait for ever.
     """
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float, np.integer, np.floating)):
-        raise UsageError(f"a timeout must be a number of seconds, got {timeout_s!r}", value=repr(timeout_s))
+        raise UsageError(f"{name} must be a number of seconds, got {timeout_s!r}", value=repr(timeout_s))
     value = float(timeout_s)
     if not (0 < value <= _MAX_TIMEOUT_S):
         raise UsageError(
-            f"a timeout must be more than 0 and at most {_MAX_TIMEOUT_S:g} s, got {timeout_s!r}",
+            f"{name} must be more than 0 and at most {_MAX_TIMEOUT_S:g} s, got {timeout_s!r}",
             value=value, bound=_MAX_TIMEOUT_S,
         )  # fmt: skip
     return value

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import FabricError, UsageError
+from ..errors import UsageError
 from ..kernels import moe as kernels
 from .buffers import BufferPool, address_of, require_int
 from .core import Core
@@ -36,7 +36,7 @@ from .moe_protocol import MoeProtocol
 from .moe_pull import Pull
 from .moe_push import Push
 from .moe_shape import MoeShape, make_shape
-from .steps import StepHook, Steps
+from .steps import FREED, StepHook, Steps, unusable
 
 #: Names of protocols; the position stands for the name among ranks.
 PROTOCOLS = (Pull.name, Push.name, Direct.name)
@@ -376,9 +376,16 @@ class ExpertParallel:
         """
         self._require_usable()
         self._protocol.free()
-        self._broken = "it was freed"
+        self._broken = FREED
 
     # -- shared -----------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return (
+            f"ExpertParallel(num_experts={self.num_experts}, hidden={self.hidden}, top_k={self.top_k}, "
+            f"max_tokens={self.max_tokens}, dtype={self.dtype}, quant={self.quant!r}, protocol={self.protocol!r}, "
+            f"rows={self.rows!r}, rank={self._core.rank} of {self._core.size})"
+        )
 
     @property
     def _may_be_quick(self) -> bool:
@@ -392,7 +399,7 @@ class ExpertParallel:
     def _require_usable(self) -> None:
         self._core.require_open()
         if self._broken is not None:
-            raise FabricError(f"rank {self._core.rank}: this ExpertParallel object is unusable: {self._broken}")
+            raise unusable(self._core, "ExpertParallel", self._broken)
 
     def _require_own(self, dispatched: Dispatched, name: str) -> None:
         if getattr(dispatched, "owner", None) is not self:

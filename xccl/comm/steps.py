@@ -6,9 +6,13 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+from ..errors import FabricError, UsageError
 from ..trace.entry import Entry
 from ..trace.record import Operation
 from .core import Core
+
+#: Why the object of an operation cannot be used after its `free`.
+FREED = "it was freed"
 
 #: Called with (operation, step) before each step; for tests and tools.
 StepHook = Callable[[str, str], None]
@@ -58,3 +62,15 @@ class Steps:
         """The operation is done; `entries`, called with the rest, says what it did, if somebody asks."""
         if self._operation is not None:
             self._operation.finish(partial(entries, *args, **options))
+
+
+def unusable(core: Core, name: str, reason: str) -> UsageError | FabricError:
+    """The error for a call of an object that cannot be used any more: the caller's if it was freed, else the system's.
+
+    Args:
+        core: of this rank.
+        name: of the object's class.
+        reason: FREED, or which operation was given up.
+    """
+    text = f"rank {core.rank}: this {name} object is unusable: {reason}"
+    return UsageError(text, value=reason) if reason == FREED else FabricError(text)

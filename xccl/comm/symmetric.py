@@ -30,10 +30,12 @@ class SymmetricAllocator:
         name: of the area, for messages.
         start: first offset.
         size_bytes: length of the range.
+        option: argument of `launch` and `init` that makes the area larger, if there is one.
     """
 
-    def __init__(self, name: str, start: int, size_bytes: int) -> None:
+    def __init__(self, name: str, start: int, size_bytes: int, option: str | None = None) -> None:
         self._name = name
+        self._advice = "" if option is None else f"; launch and init take {option} to make it larger"
         self._free: list[tuple[int, int]] = [(start, size_bytes)] if size_bytes else []
         self._taken: dict[int, int] = {}
 
@@ -60,7 +62,8 @@ class SymmetricAllocator:
             return offset
         largest = max((length for _, length in self._free), default=0)
         raise CapacityError(
-            f"the {self._name} has no {needed_bytes} bytes in one piece; the longest free range has {largest}",
+            f"the {self._name} has no {needed_bytes} bytes in one piece, the longest free range has {largest}"
+            f"{self._advice}",
             needed_bytes=needed_bytes,
             available_bytes=largest,
         )

@@ -13,10 +13,10 @@ from ..comm.buffers import require_int
 from ..comm.core import require_timeout
 from ..errors import UsageError
 from ..fabric import ShmFabric
-from ..kernels import warm
 from ..layout.segment import Geometry
 from .cleanup import remove_stale
-from .launch import make_geometry
+from .compiling import compile_kernels
+from .launch import MAX_RANKS, make_geometry
 
 #: Where rank and size are looked for, first match wins: xccl's own, torchrun's, Open MPI's, Slurm's.
 _RANK_VARIABLES = ("XCCL_RANK", "RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
@@ -65,7 +65,7 @@ def init(
         WaitTimeout: other ranks did not join in time.
         SegmentError: another rank runs another version of xccl, or has other options.
     """
-    size = _number(size, "size", _SIZE_VARIABLES, 1, 1024)
+    size = _number(size, "size", _SIZE_VARIABLES, 1, MAX_RANKS)
     rank = _number(rank, "rank", _RANK_VARIABLES, 0, size - 1)
     session = session if session is not None else os.environ.get("XCCL_SESSION")
     if not session:
@@ -74,8 +74,9 @@ def init(
         )
     session_id = hashlib.sha256(f"xccl session {session}".encode()).digest()[:16]
     geometry = make_geometry(size, app_bytes, heap_bytes, ring_slots, slot_bytes)
-    op_timeout_s, join_timeout_s = require_timeout(op_timeout_s), require_timeout(join_timeout_s)
-    warm()
+    op_timeout_s = require_timeout(op_timeout_s, "op_timeout_s")
+    join_timeout_s = require_timeout(join_timeout_s, "join_timeout_s")
+    compile_kernels()
     remove_stale()
     fabric = ShmFabric(session_id, rank, geometry, join_timeout_s=join_timeout_s)
     comm = Communicator(fabric, op_timeout_s=op_timeout_s)

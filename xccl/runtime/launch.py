@@ -8,21 +8,22 @@ from typing import Any
 from ..comm.buffers import require_int
 from ..comm.core import require_timeout
 from ..errors import UsageError
-from ..kernels import warm
 from ..layout.segment import Geometry
 from .cleanup import remove_stale
+from .compiling import compile_kernels
 from .processes import run_processes
 from .threads import run_threads
 
 _FABRICS = ("shm", "local")
 _START_METHODS = ("fork", "spawn")
-_MAX_RANKS = 1024
+#: The most ranks of a session.
+MAX_RANKS = 1024
 
 
 def launch(
     main: Callable[..., Any],
     ranks: int,
-    args: tuple[Any, ...] = (),
+    args: tuple[Any, ...] | list[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
     fabric: str = "shm",
@@ -41,8 +42,8 @@ def launch(
         main: the function of a rank. On fabric "shm" with start_method "fork" it may be any callable; with "spawn" it
             must be picklable. Results and exceptions come back pickled.
         ranks: number of ranks, 1 to 1024.
-        args: further positional arguments.
-        kwargs: further keyword arguments.
+        args: further positional arguments, a tuple or a list.
+        kwargs: further keyword arguments, by name.
         fabric: "shm" (a process a rank) or "local" (a thread a rank).
         timeout_s: deadline of the whole run, in seconds.
         op_timeout_s: default deadline of each wait in a rank, in seconds.
@@ -69,14 +70,24 @@ def launch(
     """
     if not callable(main):
         raise UsageError(f"main must be callable, got {type(main).__name__}", value=type(main).__name__)
-    ranks = require_int(ranks, "ranks", 1, _MAX_RANKS)
+    if not isinstance(args, (tuple, list)):
+        raise UsageError(
+            f"args must be a tuple of further arguments of main, got {type(args).__name__}; one alone is (x,)",
+            value=type(args).__name__,
+        )
+    if not isinstance(kwargs, (Mapping, type(None))):
+        raise UsageError(
+            f"kwargs must be a dict of arguments of main by name, got {type(kwargs).__name__}",
+            value=type(kwargs).__name__,
+        )
+    ranks = require_int(ranks, "ranks", 1, MAX_RANKS)
     if fabric not in _FABRICS:
         raise UsageError(f"fabric must be one of {', '.join(_FABRICS)}, got {fabric!r}", value=fabric, bound=_FABRICS)
     if start_method not in _START_METHODS:
         raise UsageError(f"start_method must be fork or spawn, got {start_method!r}", value=start_method)
-    timeout_s, op_timeout_s = require_timeout(timeout_s), require_timeout(op_timeout_s)
+    timeout_s, op_timeout_s = require_timeout(timeout_s), require_timeout(op_timeout_s, "op_timeout_s")
     geometry = make_geometry(ranks, app_bytes, heap_bytes, ring_slots, slot_bytes)
-    warm()
+    compile_kernels()
     arguments = (main, ranks, tuple(args), dict(kwargs or {}))
     if fabric == "local":
         return run_threads(

@@ -7,7 +7,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import CapacityError, FabricError, PeerDied, SessionAborted, XcclError
+from ..errors import CapacityError, FabricError, PeerDied, SessionAborted, UsageError, XcclError
 
 
 class RankTraceback(Exception):
@@ -74,8 +74,9 @@ def _plain(value: object) -> object:
 def raise_failure(outcomes: dict[int, Outcome]) -> None:
     """Raise the failure that explains the others, if any rank failed.
 
-    A rank's own exception explains more than a death, and a death more than PeerDied and SessionAborted, which are its
-    consequences in other ranks. `outcomes` is in the order in which ranks ended.
+    A rank's own exception explains more than a death, a death more than what a rank was told of another one's error,
+    and that more than PeerDied and SessionAborted, which are consequences. `outcomes` is in the order in which ranks
+    ended.
     """
     failures = {rank: outcome for rank, outcome in outcomes.items() if outcome.kind != "result"}
     if not failures:
@@ -95,6 +96,9 @@ def _consequence(outcome: Outcome) -> int:
     if outcome.kind == "exit":
         return 1
     error = outcome.value
-    # A CapacityError that names a peer is what the others are told when one rank has no room: the numbers are there.
-    told = isinstance(error, CapacityError) and "peer" in error.details
-    return 2 if told or isinstance(error, (PeerDied, SessionAborted)) else 0
+    if isinstance(error, (PeerDied, SessionAborted)):
+        return 3
+    # One that names a peer is what the others are told when a rank has no room, or was given an impossible argument:
+    # that rank's own error has the numbers.
+    told = isinstance(error, (CapacityError, UsageError)) and "peer" in error.details
+    return 2 if told else 0
