@@ -35,6 +35,7 @@ from ..layout.ring import (
     DR_ENDED,
     DR_HAS_ENGINE,
     DR_IDLE,
+    DR_POSTED,
     DR_QUEUED,
     DR_STOP,
     ENGINE_DMA,
@@ -49,6 +50,7 @@ from ..layout.ring import (
     OP_BYTES,
     OP_CHANNEL,
     OP_CHUNKS,
+    OP_DIRECT,
     OP_DONE,
     OP_ENGINE,
     OP_EVENT_ID,
@@ -57,6 +59,7 @@ from ..layout.ring import (
     OP_LANES,
     OP_LINK,
     OP_MOVED,
+    OP_NUMBER,
     OP_PIECES,
     OP_PLACE,
     OP_RESULT,
@@ -141,11 +144,14 @@ def prepare(
     store_i64(op + OP_TARGET_FORM, FORM_RING)
     store_i64(op + OP_CHANNEL, channel)
     store_i64(op + OP_LINK, 0)
+    store_i64(op + OP_DIRECT, 0)
 
 
 @device
 def append(driver: int, channel: int, op: int) -> None:
     """Put an operation at the end of its channel's list."""
+    store_i64(op + OP_NUMBER, load_i64(driver + DR_POSTED))
+    store_i64(driver + DR_POSTED, load_i64(driver + DR_POSTED) + 1)
     _lock(driver, channel)
     tail = load_i64(channel + CH_TAIL)
     if tail == 0:
@@ -179,23 +185,40 @@ def _remove(driver: int, channel: int, previous: int, op: int) -> None:
         store_i64(op + OP_LINK, ended)
         if compare_and_swap(driver + DR_ENDED, ended, op) == ended:
             break
-    # SYNC POINT operation-ended: released after everything else; `wait_for` and `next_ended` acquire it.
+    # SYNC POINT operation-ended: released after everything else; `wait_for` and `first_ended` acquire it.
     store_release(op + OP_STATE, load_i64(op + OP_RESULT))
+
+
+@device
+def first_ended(driver: int) -> int:
+    """An operation that has ended and was not collected, or 0."""
+    op = load_acquire(driver + DR_ENDED)
+    # SYNC POINT operation-ended: it is on the list a moment before its state is set.
+    while op != 0 and load_acquire(op + OP_STATE) == STATE_UNDER_WAY:
+        cpu_pause()
+    return op
+
+
+@device
+def take_ended(driver: int, op: int) -> None:
+    """Take an operation off the list of those that have ended. Nobody else does, so it stays there until then."""
+    if compare_and_swap(driver + DR_ENDED, op, load_i64(op + OP_LINK)) == op:
+        return
+    # The DMA engine has put others before it.
+    before = load_acquire(driver + DR_ENDED)
+    while load_i64(before + OP_LINK) != op:
+        before = load_i64(before + OP_LINK)
+    store_i64(before + OP_LINK, load_i64(op + OP_LINK))
 
 
 @fastcall
 def next_ended(self, args, count):  # type: ignore[no-untyped-def]
     """() -> address of an operation, now off the list of those that have ended, or 0. It is bound to the driver."""
     driver = own_state(self)
-    while True:
-        op = load_acquire(driver + DR_ENDED)
-        if op == 0:
-            return new_int(0)
-        if compare_and_swap(driver + DR_ENDED, op, load_i64(op + OP_LINK)) == op:
-            # SYNC POINT operation-ended: it is on the list a moment before its state is set.
-            while load_acquire(op + OP_STATE) == STATE_UNDER_WAY:
-                cpu_pause()
-            return new_int(op)
+    op = first_ended(driver)
+    if op != 0:
+        take_ended(driver, op)
+    return new_int(op)
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------

@@ -132,6 +132,7 @@ CH_TAIL = CHANNEL.add("tail", 8, "address of the last one")
 CH_LOCK = CHANNEL.add("lock", 8, "1 while a thread drives the channel, if there is a DMA engine")
 CH_ONLY = CHANNEL.add("only", 8, "1 + the ENGINE_ code of all its operations, 0 if either engine may have some")
 CH_SPARE = CHANNEL.add("spare", 8, "address of the operation record of the next blocking call")
+CH_TEMPLATE = CHANNEL.add("template", 8, "address of a Python object: what requests of this channel are like")
 
 #: What a channel carries.
 KIND_SEND = 0
@@ -173,7 +174,14 @@ OP_PEER_EVENT_ID = OPERATION.add("peer_event_id", 8, "of a refusal: the event ID
 OP_PEER_BYTES = OPERATION.add("peer_bytes", 8, "of a refusal: the size on the other side")
 OP_PEER_LANES = OPERATION.add("peer_lanes", 8, "of a refusal: the lanes on the other side")
 OP_CHANNEL = OPERATION.add("channel", 8, "address of its channel")
-OP_LINK = OPERATION.add("link", 8, "address of the next operation of its channel, or of those that have ended")
+OP_LINK = OPERATION.add(
+    "link", 8, "address of the next operation of its channel, of those that have ended, or of those that are free"
+)
+OP_OBJECT = OPERATION.add(
+    "object", 8, "address of the Python object that stands for this record, and knows its request"
+)
+OP_DIRECT = OPERATION.add("direct", 8, "1 if compiled code may take note of its end, should it be a good one")
+OP_NUMBER = OPERATION.add("number", 8, "how many operations of the rank were posted before it")
 
 #: More than `done` can be.
 DONE_NEVER = 1 << 62
@@ -205,8 +213,10 @@ DR_CHANNELS = DRIVER.add("channels", 8, "address of the addresses of all channel
 DR_COUNT = DRIVER.add("count", 8, "how many there are")
 DR_ENDED = DRIVER.add("ended", 8, "address of the operation that ended last and was not collected yet, 0 if none")
 DR_REQUESTS = DRIVER.add(
-    "requests", 8, "1 while requests are under way: calls that wait drive them, and go the long way"
+    "requests", 8, "requests that are under way: while there are any, calls that wait drive them, and go the long way"
 )
+DR_FREE = DRIVER.add("free", 8, "address of an operation that nobody uses, 0 if there is none")
+DR_POSTED = DRIVER.add("posted", 8, "operations posted so far")
 DR_HAS_ENGINE = DRIVER.add("has_engine", 8, "1 once there is a DMA engine, and channels are locked")
 DR_QUEUED = DRIVER.add("queued", 8, "operations of the DMA engine that have not ended")
 DR_BELL = DRIVER.add("bell", 8, "the DMA engine's own doorbell, raised for each new descriptor")
