@@ -51,7 +51,7 @@ class Channel:
         self._core = core
         self._driver = driver
         self._state = driver.take_state()
-        self._slots = np.zeros((2, core.fabric.geometry.ring_slots), np.int64)
+        self._slots = np.zeros((3, core.fabric.geometry.ring_slots), np.int64)
         self.address: int = self._state.ctypes.data
         self._set({layout.CH_KIND: kind, layout.CH_OWN_CONTROL: core.control})
         if only is not None:
@@ -89,6 +89,7 @@ class Channel:
                 layout.CH_SLOT_STRIDE: geometry.slot_stride_bytes,
                 layout.CH_SLOT_LANES: self._slots[0].ctypes.data,
                 layout.CH_STARTS: self._slots[1].ctypes.data,
+                layout.CH_PUSHED: self._slots[2].ctypes.data,
                 layout.CH_REFUSAL_TABLE: int(segments[sender]) + geometry.refusals_offset(receiver),
                 layout.CH_ANSWER_TABLE: int(segments[sender]) + geometry.answers_offset(receiver),
                 layout.CH_OWN_SEGMENT: int(segments[rank]),

@@ -35,8 +35,10 @@ from ..layout.ring import (
     DR_FREE,
     DR_REQUESTS,
     ENGINE_MTE,
+    FORM_RING,
     MAX_LANES,
     OP_DIRECT,
+    OP_FORM,
     OP_LINK,
     OP_OBJECT,
     OP_RESULT,
@@ -48,7 +50,7 @@ from ..layout.ring import (
 from ._jit import device
 from .atomics import cpu_pause, load_acquire, load_i64, store_i64
 from .calls import LONG_BYTES, MAX_INDEX, NOT_TAKEN, must_detour
-from .driver import append, drive, first_ended, prepare, take_ended, wait_for_ended
+from .driver import drive, wait_for_ended
 from .fastcall import fastcall, release_lock, take_lock
 from .objects import (
     argument,
@@ -63,6 +65,7 @@ from .objects import (
     same_object,
     set_slot,
 )
+from .operations import append, first_ended, prepare, take_ended
 from .ring import step_receive, step_send
 from .wait import OK, now_ns
 from .zerocopy import ENDED, MOVED
@@ -194,10 +197,14 @@ def _post(calls: int, args: int, is_send: bool) -> int:
     zero_copy = is_send and n_bytes >= ZERO_COPY_BYTES
     prepare(channel, op, array_address(argument(args, 0)), n_bytes, event_id, lanes, ENGINE_MTE, zero_copy)
     store_i64(op + OP_DIRECT, 1)
-    thread = release_lock()
-    append(driver, channel, op)
-    drive(driver, channel, ENGINE_MTE)
-    take_lock(thread)
+    if n_bytes <= LONG_BYTES or load_i64(op + OP_FORM) != FORM_RING:
+        append(driver, channel, op)
+        drive(driver, channel, ENGINE_MTE, False)
+    else:
+        thread = release_lock()
+        append(driver, channel, op)
+        drive(driver, channel, ENGINE_MTE, False)
+        take_lock(thread)
     return request
 
 
