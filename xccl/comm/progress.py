@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import FabricError, XcclError
+from ..errors import XcclError
 from ..kernels import driver as kernels, transfer_calls, wait
 from ..layout import ring as layout
 from ..layout.ring import KIND_COPY
@@ -24,7 +24,7 @@ from .core import Core
 from .driver import Driver
 from .records import OperationRecord
 from .request import Request
-from .transfer_errors import broken_off, mismatch
+from .transfer_errors import broken_off, mismatch, unusable
 
 #: A request that is polled looks at the session so often.
 _LOOK_NS = 1_000_000
@@ -112,7 +112,7 @@ class Progress:
             request.error = mismatch(self.core, request)
         elif state != layout.STATE_DONE and request.error is None:
             request.error = broken_off(self.core, request, state)
-            self._break(request.channel, f"event {request.word(layout.OP_EVENT_ID)} was broken off")
+            self.abandon(request, f"event {request.word(layout.OP_EVENT_ID)} was broken off")
         if request.trace is not None and request.error is None:
             self._trace(request.trace, request, record)
         self.driver.remove(record)
@@ -144,8 +144,9 @@ class Progress:
         """Give a request up in the middle, and all others of its channel, which nobody can use from now on."""
         channel = request.channel
         self._break(channel, reason)
-        for other in [request for request in self.driver.requests if request.channel is channel]:
-            self.fail(other, FabricError(f"the channel to {channel.name} is unusable: {reason}", peer=channel.peer))
+        for other in self.driver.requests:
+            if other.channel is channel and not other.done:
+                self.fail(other, unusable(self.core, other, reason))
 
     def _break(self, channel: Channel, reason: str) -> None:
         channel.broken = channel.broken or reason

@@ -52,3 +52,13 @@ def broken_off(core: Core, request: Request, state: int) -> XcclError:
     else:
         text = f"event {event_id}: the buffer of rank {peer} cannot be reached any more"
     return FabricError(f"rank {core.rank}: {text}", rank=core.rank, peer=peer)
+
+
+def unusable(core: Core, request: Request, reason: str) -> XcclError:
+    """Why a request cannot go on whose channel was given up: if the session is over, that explains more."""
+    try:
+        core.check_session(request.describe)
+    except XcclError as error:
+        return error.with_traceback(None)
+    channel = request.channel
+    return FabricError(f"the channel to {channel.name} is unusable: {reason}", rank=core.rank, peer=channel.peer)

@@ -1,19 +1,16 @@
 """What moves operations on: the order within a channel, one wait for all of them, and the loop of a DMA engine.
 
 Rules
-- A channel has a list of its operations, in the order of their posting. A receive goes on when it is the first of its
-  list, a list of copies too; a send starts when all before it are written, and ends when it is acknowledged. Requests
-  of KV-cache transfers go on whenever they can.
+- Operations of a channel are in a list (`kernels.operations`). A list of copies goes on when it is the first there; a
+  receive too, but zero-copy messages are accepted ahead (`kernels.batches`). A send starts when all before it are
+  written, and ends when it is acknowledged. Requests of KV-cache transfers go on whenever they can.
 - Whoever is in a call of the rank drives all operations of the rank's own (`progress`), once, and never waits for
   anything. `wait_for` does so again and again until one of them has ended, and sleeps on the doorbell in between.
 - The DMA engine of a rank is a thread in `serve`. It drives the operations that were queued for it, and no others. It
   sleeps on a doorbell of its own while there are none, so that an idle engine costs the rank's peers no wake-ups.
-- An operation that has ended is taken out of its channel, and put on the list of those that the rank has not collected
-  yet. Its state is published last: then nobody but the rank touches the operation.
 
-With a DMA engine two threads use the channels: each channel has a lock then, held while its list is walked. Either
-thread may do what the other waits for (a message that is not written blocks those behind it), so after it has moved
-something it rings the rank's doorbell.
+With a DMA engine either of two threads may do what the other waits for (a message that is not written blocks those
+behind it), so after it has moved something it rings the rank's doorbell.
 """
 
 from __future__ import annotations

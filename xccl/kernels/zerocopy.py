@@ -19,9 +19,11 @@ Rules
 Theory of operation. A piece is taken by an addition to the slot's claims: the sum of both counts before it says whether
 a piece was left, so each piece is taken once. Each side counts the pieces that it has copied, and releases the count.
 Claims and the receiver's count are in the slot: the sender clears them before it announces the slot, and does not use
-them again before the position was acknowledged. The sender's count is that of all messages so far, in a word of its own
-that is never cleared: the receiver waits for it after the acknowledgement, when the slot may have another message.
-A sender that has taken a piece copies it in the same step, so what is taken comes, unless the sender dies or fails.
+them again before the position was acknowledged. The sender's count is that of all messages with this slot so far, in a
+word of its own that is never cleared: the receiver waits for it after the acknowledgement, when the slot may have
+another message. Who has taken a piece copies it in the same step, so it comes, unless that rank dies or fails.
+
+A step copies a piece of one message, or, of several that are under way together, a piece of each: `kernels.batches`.
 
 Neither side may touch a buffer whose owner has taken it back. Who gives a message up closes the claims by one more
 addition, and then waits until the piece that the other side may be copying is done (`withdraw`); nothing can be taken
