@@ -155,11 +155,13 @@ def _mapped(n_bytes: int) -> tuple[np.ndarray, Any]:
 def test_behind_a_message_that_breaks_off_nothing_is_taken_for_complete() -> None:
     def main(comm: xccl.Communicator) -> None:
         buffers = [message(BYTES, i) if comm.rank == 0 else np.zeros(BYTES, np.uint8) for i in range(6)]
+        requests: list[xccl.Request] = []
         if comm.rank == 0:
             buffers[2], take_away = _mapped(BYTES)
-        requests = [post(comm, buffer, i) for i, buffer in enumerate(buffers)]
-        if comm.rank == 0:
+            requests = [post(comm, buffer, i) for i, buffer in enumerate(buffers)]
             assert take_away() == 0
+        comm.barrier()
+        requests = requests or [post(comm, buffer, i) for i, buffer in enumerate(buffers)]
         ended: list[bool] = []
         for i, request in enumerate(requests):
             try:
