@@ -12,7 +12,7 @@ from xccl.cli.options import BenchOptions
 _A2E: Final = frozenset({"a2e", "trampoline"})
 _KV: Final = frozenset({"kv"})
 #: Send, receive, put and get, and their direct calls.
-_POINT_TO_POINT: Final = frozenset({"calls", "driver", "zerocopy"})
+_POINT_TO_POINT: Final = frozenset({"calls", "transfer_calls", "driver", "operations", "zerocopy"})
 #: Of each protocol of dispatch and combine.
 _PROTOCOLS: Final = {
     "pull": frozenset({"moe_pull"}),

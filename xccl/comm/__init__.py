@@ -12,7 +12,7 @@ from .expert_loop import ExpertLoop
 from .kv import KVTransfer
 from .kv_requests import KVReceive, KVSend
 from .moe import ExpertParallel
-from .p2p import Request
+from .request import Request
 from .symmetric import Signals, SymmetricArray
 
 __all__ = [

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from ..fabric import Fabric
-from ..kernels import calls as kernel_calls, is_left_out
+from ..kernels import calls, is_left_out, transfer_calls
 from ..kernels.fastcall import FastCall
 from ..kernels.objects import is_known
 from ..kernels.onesided import COMPARISONS
@@ -31,6 +31,8 @@ _COMPARISONS = list(map(sys.intern, COMPARISONS))
 #: Looks at a word with the interpreter's lock held: some 10 us.
 _MAX_SPINS: Final = 200
 
+#: Of these `None` says that they were not taken.
+_WITH_RESULT: Final = (calls.wait_until, transfer_calls.post_send, transfer_calls.post_receive)
 _arrays_are_known = cache(is_known)
 _INT64: Final = np.dtype(np.int64)
 
@@ -72,8 +74,7 @@ class CallState:
 
     def bind(self, function: FastCall) -> Callable[..., Any]:
         """The call for this rank; see `bind_to`."""
-        not_taken = None if function is kernel_calls.wait_until else kernel_calls.NOT_TAKEN
-        return bind_to(self.address, function, not_taken)
+        return bind_to(self.address, function, None if function in _WITH_RESULT else calls.NOT_TAKEN)
 
     def detour(self, reason: int, on: bool) -> None:
         """Note that a reason for the long way holds, or no longer."""

@@ -1,12 +1,10 @@
-"""Channels of a rank, and the records of what goes through them."""
+"""Channels of a rank."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from ..layout import ring as layout
 from ..layout.ring import (
@@ -15,14 +13,14 @@ from ..layout.ring import (
     KIND_PAGED_SEND,
     KIND_RECEIVE,
     KIND_SEND,
-    OPERATION,
 )
 from .core import Core
+from .records import OperationRecord
 
 if TYPE_CHECKING:
     from .driver import Driver
+    from .request import Request
 
-_CHUNK = 64
 _NAMES = {
     KIND_SEND: "send to rank {}",
     KIND_RECEIVE: "recv from rank {}",
@@ -30,42 +28,6 @@ _NAMES = {
     KIND_PAGED_SEND: "KV sends",
     KIND_PAGED_RECEIVE: "KV receives",
 }
-
-
-class OperationRecord:
-    """The record of one operation, used again and again.
-
-    Attributes:
-        words: its 64-bit words.
-        address: where it is.
-    """
-
-    __slots__ = ("address", "words")
-
-    def __init__(self, words: memoryview, address: int) -> None:
-        self.words = words
-        self.address = address
-
-
-class OperationPool:
-    """Records of operations; memory for them is taken a chunk at a time, and kept."""
-
-    def __init__(self) -> None:
-        self._chunks: list[npt.NDArray[np.int64]] = []
-        self._free: list[OperationRecord] = []
-        self.give_back = self._free.append
-
-    def take(self) -> OperationRecord:
-        """A record that nobody uses."""
-        if not self._free:
-            self._free += self._more()
-        return self._free.pop()
-
-    def _more(self) -> Iterator[OperationRecord]:
-        chunk = np.zeros((_CHUNK, OPERATION.size_bytes // 8), np.int64)
-        self._chunks.append(chunk)
-        for row in chunk:
-            yield OperationRecord(row.data, row.ctypes.data)
 
 
 class Channel:
@@ -77,6 +39,7 @@ class Channel:
         kind: what it carries, one of the KIND_ codes.
         broken: why the channel can't be used any more; None if it can.
         spare: the record for the next blocking call.
+        template: what all requests in it are like, for compiled code that makes them; None if none does.
     """
 
     def __init__(self, core: Core, driver: Driver, peer: int, *, kind: int, only: int | None = None) -> None:
@@ -88,7 +51,7 @@ class Channel:
         self._core = core
         self._driver = driver
         self._state = driver.take_state()
-        self._slots = np.zeros((2, core.fabric.geometry.ring_slots), np.int64)
+        self._slots = np.zeros((3, core.fabric.geometry.ring_slots), np.int64)
         self.address: int = self._state.ctypes.data
         self._set({layout.CH_KIND: kind, layout.CH_OWN_CONTROL: core.control})
         if only is not None:
@@ -96,6 +59,7 @@ class Channel:
         if kind in (KIND_SEND, KIND_RECEIVE):
             self._set_up_ring(kind)
         self.renew_spare()
+        self.template: Request | None = None
 
     def _set(self, words: dict[int, int]) -> None:
         for offset, value in words.items():
@@ -125,6 +89,7 @@ class Channel:
                 layout.CH_SLOT_STRIDE: geometry.slot_stride_bytes,
                 layout.CH_SLOT_LANES: self._slots[0].ctypes.data,
                 layout.CH_STARTS: self._slots[1].ctypes.data,
+                layout.CH_PUSHED: self._slots[2].ctypes.data,
                 layout.CH_REFUSAL_TABLE: int(segments[sender]) + geometry.refusals_offset(receiver),
                 layout.CH_ANSWER_TABLE: int(segments[sender]) + geometry.answers_offset(receiver),
                 layout.CH_OWN_SEGMENT: int(segments[rank]),
@@ -144,8 +109,13 @@ class Channel:
 
     def renew_spare(self) -> None:
         """The spare record was used for a request: take another one."""
-        self.spare = self._driver.pool.take()
+        self.spare: OperationRecord = self._driver.pool.take()
         self._set({layout.CH_SPARE: self.spare.address})
+
+    def make_like(self, template: Request) -> None:
+        """Requests that compiled code makes are to be like this one."""
+        self.template = template
+        self._set({layout.CH_TEMPLATE: id(template)})
 
     def retire(self) -> None:
         """Nobody uses the channel any more, and nothing is under way."""

@@ -16,6 +16,7 @@ from ..fabric import Fabric
 from ..kernels import wait, words
 from ..kernels.wait import OK
 from ..layout.calls import CA_SLICE_NS
+from ..layout.ring import DR_REQUESTS
 from ..layout.segment import (
     ABORT_DIED,
     ABORT_EXCEPTION,
@@ -40,6 +41,7 @@ _SLICE_RANKS = 64
 PROGRESS_SLICE_NS = 200_000
 #: `reason` of the PeerDied that a wait for a rank ends with whose work was done.
 LEFT = "has finished and left the session"
+_REQUESTS = DR_REQUESTS // 8
 #: The longest deadline, about 31 years.
 _MAX_TIMEOUT_S = 1e9
 
@@ -114,8 +116,8 @@ class Core:
         #: `Exchange.tell_all` and `Exchange.refuse` of the communicator, which sets them.
         self.exchange: Callable[[str, list[int]], np.ndarray] = no_exchange
         self.refuse_exchange: Callable[[UsageError], NoReturn] = no_refusal
-        #: Drives requests that are under way; None while there are none.
-        self.progress: Callable[[], object] | None = None
+        self._driver_words: memoryview | None = None
+        self._drive: Callable[[], object] = no_requests
         self._cursor = np.zeros(1, np.int64)
         self._cursor_address: int = self._cursor.ctypes.data
 
@@ -162,6 +164,15 @@ class Core:
     def trace(self, recorder: Recorder | None) -> None:
         self._trace = recorder
         self.calls.detour(callstate.TRACED, recorder is not None)
+
+    @property
+    def progress(self) -> Callable[[], object] | None:
+        """Drives requests that are under way; None while there are none."""
+        return self._drive if self._driver_words is not None and self._driver_words[_REQUESTS] else None
+
+    def set_driver(self, words: memoryview, drive: Callable[[], object]) -> None:
+        """Whose record these words are has the requests of this rank, and drives them by this function."""
+        self._driver_words, self._drive = words, drive
 
     def require_open(self) -> None:
         """Raise UsageError if this rank has left its session."""
@@ -376,6 +387,10 @@ class Core:
             return Waiting(operation, target, peer, target, seen)
 
         self.finish(status, step, describe, self.op_timeout_s, deadline_ns)
+
+
+def no_requests() -> None:
+    """What drives requests before there can be any."""
 
 
 def no_exchange(call: str, values: list[int]) -> np.ndarray:

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels import driver as kernels
+from ..kernels import driver as kernels, operations
 from ..layout import ring as layout
 from ..layout.ring import CHANNEL, DRIVER, KIND_COPY
-from .channel import Channel, OperationPool
+from .channel import Channel
 from .core import Core
 from .dma import DmaEngine
+from .records import OperationPool, OperationRecord
 
 if TYPE_CHECKING:
-    from .p2p import Request
+    from .request import Request
 
 _COUNT = layout.DR_COUNT // 8
 _ENDED = layout.DR_ENDED // 8
@@ -35,7 +36,6 @@ class Driver:
     Attributes:
         address: where the record is.
         pool: records of operations.
-        requests: those that were not collected, by the address of their record.
     """
 
     def __init__(self, core: Core) -> None:
@@ -43,8 +43,7 @@ class Driver:
         self._record = np.zeros(DRIVER.size_bytes // 8, np.int64)
         self._words = self._record.data
         self.address: int = self._record.ctypes.data
-        self.pool = OperationPool()
-        self.requests: dict[int, Request] = {}
+        self.pool = OperationPool(self._words)
         self._states: list[npt.NDArray[np.int64]] = []
         self._unused_states: list[npt.NDArray[np.int64]] = []
         self._table = np.zeros(16, np.int64)
@@ -53,6 +52,7 @@ class Driver:
         self._words[layout.DR_CHANNELS // 8] = self._table.ctypes.data
         self._copies: Channel | None = None
         self._engine: DmaEngine | None = None
+        core.set_driver(self._words, self.progress)
 
     # -- channels ---------------------------------------------------------------------------------------------------
 
@@ -89,19 +89,20 @@ class Driver:
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
-    def add(self, address: int, request: Request) -> None:
-        """A request is under way."""
-        if not self.requests:
-            self._core.progress = self.progress
-            self._words[_REQUESTS] = 1
-        self.requests[address] = request
+    @property
+    def requests(self) -> list[Request]:
+        """Those that were not collected, in the order of their posting."""
+        return self.pool.requests() if self._words[_REQUESTS] else []
 
-    def remove(self, address: int) -> None:
-        """A request was collected."""
-        del self.requests[address]
-        if not self.requests:
-            self._words[_REQUESTS] = 0
-            self._core.progress = None
+    def add(self, record: OperationRecord, request: Request) -> None:
+        """A request is under way."""
+        record.request = request
+        self._words[_REQUESTS] += 1
+
+    def remove(self, record: OperationRecord) -> None:
+        """A request was collected, and its record is nobody's."""
+        self._words[_REQUESTS] -= 1
+        self.pool.give_back(record)
 
     def progress(self) -> int:
         """Give every request a chance, and wait for nothing; ABORTED if the session is over."""
@@ -112,13 +113,13 @@ class Driver:
     @cached_property
     def _next_ended(self) -> Callable[[], int]:
         """Takes an operation off the list of those that have ended; its address, or 0 if there is none."""
-        return kernels.next_ended.bind(self.address)
+        return operations.next_ended.bind(self.address)
 
     def collect(self) -> None:
         """Let the owners of all operations that have ended take note of it."""
         while self._words[_ENDED]:
-            request = self.requests.get(self._next_ended())
-            # A signal's exception may come between the post of an operation and `add`: nobody waits for that one.
+            request = self.pool.at(self._next_ended()).request
+            # A signal's exception may have ended a blocking call: nobody waits for that one.
             if request is not None:
                 request.owner.end(request)
 

@@ -60,9 +60,7 @@ class GroupCore(Core):
 
     def __init__(self, world: Core, fabric: GroupFabric, op_timeout_s: float) -> None:
         self._world = world
-        driving = world.progress
         super().__init__(fabric, op_timeout_s)
-        world.progress = driving
         self.members = fabric.members
         world.dependants.add(self.calls)
 
@@ -70,10 +68,6 @@ class GroupCore(Core):
     def progress(self) -> Callable[[], object] | None:
         """Drives the requests of this rank, in whatever communicator; None while there are none."""
         return self._world.progress
-
-    @progress.setter
-    def progress(self, drive: Callable[[], object] | None) -> None:
-        self._world.progress = drive
 
     def require_open(self) -> None:
         """Raise UsageError if the group was freed, or this rank has left its session."""

@@ -208,7 +208,7 @@ class KVTransfer:
             request.trace = self.core.trace.start(request.name, request.request_id)
         self.requests.enter(request)
         driver = self._p2p.driver
-        driver.add(record.address, request)
+        driver.add(record, request)
         driver_kernels.post_paged.call(
             driver.address, request.channel.address, record.address, request.address, request.request_id, self.layers,
             engine,

@@ -9,7 +9,8 @@ from ..errors import CapacityError, UsageError, XcclError
 from ..layout import kv as layout, ring
 from ..layout.ring import STATE_DONE
 from .kv_requests import KVRequest
-from .p2p import PointToPoint, Request
+from .p2p import PointToPoint
+from .request import Request
 
 
 class Slots:
@@ -42,7 +43,7 @@ class Slots:
 
 
 class Book:
-    """The book of one KVTransfer, and the owner of its requests (see `p2p.Owner`).
+    """The book of one KVTransfer, and the owner of its requests (see `request.Owner`).
 
     Args:
         p2p: whose driver moves the requests.
@@ -61,6 +62,7 @@ class Book:
         self._written = np.zeros(pages, np.bool_)
         self.poll = p2p.poll
         self.fail = p2p.fail
+        self.direct_wait = p2p.direct_wait
 
     # -- beginnings -------------------------------------------------------------------------------------------------
 
@@ -111,9 +113,9 @@ class Book:
 
     # -- the owner of requests --------------------------------------------------------------------------------------
 
-    def wait(self, request: Request, timeout_s: float, layers: int = ring.DONE_NEVER) -> None:
+    def wait(self, request: Request, timeout_s: float, began_ns: int = 0, layers: int = ring.DONE_NEVER) -> None:
         """Drive all requests of the rank until this one has ended, or so many of its layers are there."""
-        self._p2p.wait(request, timeout_s, done=layers)
+        self._p2p.wait(request, timeout_s, began_ns, layers)
 
     def collect(self) -> None:
         """Drive all requests of the rank once, and take note of those that have ended."""
@@ -140,8 +142,7 @@ class Book:
         request.settle(record)
         if state != STATE_DONE and request.error is None:
             request.error = request.failure(record, state)
-        self._p2p.driver.remove(record.address)
-        self._p2p.driver.pool.give_back(record)
+        self._p2p.driver.remove(record)
         request._record = None
         del self._under_way[request.channel.sending, request.peer, request.request_id]
         if request.channel.sending:

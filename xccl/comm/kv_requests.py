@@ -14,9 +14,10 @@ from ..layout import kv as layout, ring
 from ..layout.ring import STATE_REFUSED
 from . import traced_kv
 from .buffers import require_int
-from .channel import Channel, OperationRecord
+from .channel import Channel
 from .core import Waiting, require_timeout
-from .p2p import Request
+from .records import OperationRecord
+from .request import Request
 
 if TYPE_CHECKING:
     from .kv import KVTransfer
@@ -213,7 +214,7 @@ class KVReceive(KVRequest):
         layer = require_int(layer, "layer", 0, self.kv.layers - 1)
         core = self.kv.core
         timeout_s = core.op_timeout_s if timeout_s is None else require_timeout(timeout_s)
-        self.kv.requests.wait(self, timeout_s, layer + 1)
+        self.kv.requests.wait(self, timeout_s, layers=layer + 1)
         if self.error is not None and layer >= self.layers_arrived:
             raise self.error.with_traceback(None)
 

@@ -7,11 +7,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels import calls
+from ..kernels import transfer_calls
 from .buffers import readable
 from .core import Core
 from .onesided import OneSided, apart
-from .p2p import PointToPoint, Request
+from .p2p import PointToPoint
+from .request import Request
 from .symmetric import SymmetricArray
 
 Mode = Literal["auto", "ring", "zero_copy"]
@@ -24,8 +25,10 @@ class SendReceive(OneSided):
     def __init__(self, core: Core, p2p: PointToPoint) -> None:
         super().__init__(core)
         self._p2p = p2p
-        self._direct_send = core.calls.bind(calls.send)
-        self._direct_receive = core.calls.bind(calls.receive)
+        self._direct_send = core.calls.bind(transfer_calls.send)
+        self._direct_receive = core.calls.bind(transfer_calls.receive)
+        self._direct_isend = core.calls.bind(transfer_calls.post_send)
+        self._direct_irecv = core.calls.bind(transfer_calls.post_receive)
 
     def send(
         self,
@@ -91,13 +94,15 @@ class SendReceive(OneSided):
         Neither this call nor `Request.test` polls for anything: they do what can be done at once, and return (the
         asynchronous mode of XDS section 3.1).
         """
-        return self._p2p.start(buffer, dst, event_id, lanes, mode, engine, sending=True)
+        request: Request | None = self._direct_isend(buffer, dst, event_id, lanes, mode, engine)
+        return request or self._p2p.start(buffer, dst, event_id, lanes, mode, engine, sending=True)
 
     def irecv(
         self, buffer: npt.NDArray[Any], src: int, event_id: int, lanes: int = 2, engine: Engine = "mte"
     ) -> Request:
         """Start a receive; arguments as for `recv`. Receives from a rank complete in the order of their posting."""
-        return self._p2p.start(buffer, src, event_id, lanes, "auto", engine, sending=False)
+        request: Request | None = self._direct_irecv(buffer, src, event_id, lanes, "auto", engine)
+        return request or self._p2p.start(buffer, src, event_id, lanes, "auto", engine, sending=False)
 
     def iput(
         self,

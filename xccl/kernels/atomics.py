@@ -105,6 +105,21 @@ def cpu_pause(typingctx: Any) -> Any:
     return types.void(), codegen
 
 
+@intrinsic
+def prefetch_for_writing(typingctx: Any, address: Any) -> Any:
+    """Get a cache line for this core alone, without waiting for it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch", (pointer,), ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
+        )
+        builder.call(function, [builder.inttoptr(args[0], pointer), *(ir.Constant(i32, n) for n in (1, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
 def _plain_load(numba_type: Any, llvm_type: Any) -> Any:
     @intrinsic
     def load(typingctx: Any, address: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Calls that go straight from Python into a kernel: put, signal, wait, send and receive in their plainest form.
+"""Calls that go straight from Python into a kernel: put, get, signals and waits for them in their plainest form.
 
 Rule. A call here either does exactly what its long form in `comm` would do, or changes nothing and says NOT_TAKEN (for
 waits: None), and then the long form is called with the same arguments: for arguments that are no plain ints, arrays or
@@ -13,20 +13,16 @@ ranks are threads, it gives it up at once. Long messages are moved without the l
 from __future__ import annotations
 
 from ..layout.calls import (
-    CA_AUTO,
     CA_BEGAN_NS,
     CA_COMPARISONS,
     CA_CONTROL,
     CA_CONTROLS,
     CA_DETOUR,
     CA_DRIVER,
-    CA_MTE,
     CA_NONE,
     CA_OPS,
     CA_RANK,
     CA_RANKS,
-    CA_RECEIVE_CHANNELS,
-    CA_SEND_CHANNELS,
     CA_SLICE_NS,
     CA_SPINS,
     SY_ADDRESSES,
@@ -37,22 +33,11 @@ from ..layout.calls import (
     SY_ITEM_BYTES,
 )
 from ..layout.ring import (
-    CH_SPARE,
-    DONE_NEVER,
-    DR_ENDED,
     DR_REQUESTS,
-    ENGINE_MTE,
-    MAX_LANES,
-    OP_RESULT,
-    OP_STATE,
-    STATE_DONE,
-    STATE_UNDER_WAY,
-    ZERO_COPY_BYTES,
 )
 from ._jit import device
 from .atomics import cpu_pause, load_acquire, load_i64, store_i64
 from .copy import copy_bytes_auto
-from .driver import append, drive, prepare, wait_for_ended
 from .fastcall import fastcall, release_lock, take_lock
 from .objects import (
     argument,
@@ -66,19 +51,11 @@ from .objects import (
     same_object,
 )
 from .onesided import send_signal, wait_for_word, word_holds
-from .ring import step_receive, step_send
 from .wait import OK, now_ns
-from .zerocopy import ENDED, MOVED
 
 #: The call was not made: make the long one.
 NOT_TAKEN = 1
-#: A send or receive was posted, in the spare record of its channel. It has not ended; or it has, but not well.
-UNDER_WAY = -1
-UNWELL = -2
-#: An operation was posted, and has ended already.
-POSTED_AND_ENDED = 2
-
-_MAX_INDEX = (1 << 62) - 1
+MAX_INDEX = (1 << 62) - 1
 #: What takes longer to copy than the interpreter should be held up.
 LONG_BYTES = 64 << 10
 
@@ -203,7 +180,7 @@ def put_signal(self, args, count):  # type: ignore[no-untyped-def]
     add = _which(calls + CA_OPS, 2, argument(args, 6))
     if there == 0 or not fits or add < 0:
         return new_int(NOT_TAKEN)
-    peer = as_index(calls, argument(args, 2), 0, _MAX_INDEX)
+    peer = as_index(calls, argument(args, 2), 0, MAX_INDEX)
     word = _word(calls, argument(args, 3), argument(args, 4), peer)
     if word == 0:
         return new_int(NOT_TAKEN)
@@ -255,122 +232,3 @@ def wait_until(self, args, count):  # type: ignore[no-untyped-def]
     status, seen = wait_for_word(control, word, comparison, value, until_ns)
     take_lock(thread)
     return new_int(seen) if status == OK else same_object(none)
-
-
-# -- send and receive -------------------------------------------------------------------------------------------------
-
-
-@device
-def _transfer(calls: int, args: int, is_send: bool) -> int:
-    """(buffer, peer, event_id, lanes, timeout, mode, engine): a blocking call. OK, NOT_TAKEN, UNDER_WAY or UNWELL."""
-    n_bytes = array_bytes(calls, argument(args, 0), not is_send)
-    peer = as_index(calls, argument(args, 1), 0, load_i64(calls + CA_RANKS) - 1)
-    event_id = as_index(calls, argument(args, 2), 0, _MAX_INDEX)
-    lanes = as_index(calls, argument(args, 3), 1, MAX_LANES)
-    out_of_the_ordinary = must_detour(calls)
-    if out_of_the_ordinary or n_bytes < 0 or peer < 0 or event_id < 0 or lanes < 0:
-        return NOT_TAKEN
-    if (
-        argument(args, 4) != load_i64(calls + CA_NONE)
-        or argument(args, 5) != load_i64(calls + CA_AUTO)
-        or argument(args, 6) != load_i64(calls + CA_MTE)
-    ):
-        return NOT_TAKEN
-    channels = load_i64(calls + (CA_SEND_CHANNELS if is_send else CA_RECEIVE_CHANNELS))
-    channel = load_i64(channels + 8 * peer)
-    if channel == 0:
-        return NOT_TAKEN
-    op = load_i64(channel + CH_SPARE)
-    zero_copy = is_send and n_bytes >= ZERO_COPY_BYTES
-    prepare(channel, op, array_address(argument(args, 0)), n_bytes, event_id, lanes, ENGINE_MTE, zero_copy)
-    left = load_i64(calls + CA_SPINS) + 1 if n_bytes <= LONG_BYTES else 0
-    while left > 0:
-        status = step_send(channel, op) if is_send else step_receive(channel, op)
-        if status == ENDED:
-            break
-        if status != MOVED:
-            cpu_pause()
-            left -= 1
-    if left > 0:
-        if load_i64(op + OP_RESULT) == STATE_DONE:
-            return OK
-        store_i64(op + OP_STATE, load_i64(op + OP_RESULT))
-        return UNWELL
-    store_i64(calls + CA_BEGAN_NS, now_ns())
-    driver = load_i64(calls + CA_DRIVER)
-    thread = release_lock()
-    append(driver, channel, op)
-    until_ns = load_i64(calls + CA_BEGAN_NS) + load_i64(calls + CA_SLICE_NS)
-    wait_for_ended(driver, op, DONE_NEVER, until_ns)
-    take_lock(thread)
-    state = load_acquire(op + OP_STATE)
-    if state == STATE_UNDER_WAY:
-        return UNDER_WAY
-    store_i64(driver + DR_ENDED, 0)  # it was the only one
-    return OK if state == STATE_DONE else UNWELL
-
-
-@fastcall
-def send(self, args, count):  # type: ignore[no-untyped-def]
-    """(buffer, dst, event_id, lanes, timeout_s, mode, engine) -> see `_transfer`."""
-    return new_int(_transfer(own_state(self), args, True))
-
-
-@fastcall
-def receive(self, args, count):  # type: ignore[no-untyped-def]
-    """(buffer, src, event_id, lanes, timeout_s, mode, engine) -> see `_transfer`."""
-    return new_int(_transfer(own_state(self), args, False))
-
-
-@device
-def _post(calls: int, args: int, is_send: bool) -> int:
-    """(buffer, peer, event_id, lanes, mode, engine, record): OK if it is under way, or POSTED_AND_ENDED."""
-    n_bytes = array_bytes(calls, argument(args, 0), not is_send)
-    peer = as_index(calls, argument(args, 1), 0, load_i64(calls + CA_RANKS) - 1)
-    event_id = as_index(calls, argument(args, 2), 0, _MAX_INDEX)
-    lanes = as_index(calls, argument(args, 3), 1, MAX_LANES)
-    op = as_index(calls, argument(args, 6), 1, _MAX_INDEX)
-    if load_i64(calls + CA_DETOUR) != 0 or n_bytes < 0 or peer < 0 or event_id < 0 or lanes < 0 or op < 0:
-        return NOT_TAKEN
-    if argument(args, 4) != load_i64(calls + CA_AUTO) or argument(args, 5) != load_i64(calls + CA_MTE):
-        return NOT_TAKEN
-    channels = load_i64(calls + (CA_SEND_CHANNELS if is_send else CA_RECEIVE_CHANNELS))
-    channel = load_i64(channels + 8 * peer)
-    if channel == 0:
-        return NOT_TAKEN
-    driver = load_i64(calls + CA_DRIVER)
-    zero_copy = is_send and n_bytes >= ZERO_COPY_BYTES
-    prepare(channel, op, array_address(argument(args, 0)), n_bytes, event_id, lanes, ENGINE_MTE, zero_copy)
-    thread = release_lock()
-    append(driver, channel, op)
-    drive(driver, channel, ENGINE_MTE)
-    take_lock(thread)
-    return OK if load_acquire(op + OP_STATE) == STATE_UNDER_WAY else POSTED_AND_ENDED
-
-
-@fastcall
-def post_send(self, args, count):  # type: ignore[no-untyped-def]
-    """(buffer, dst, event_id, lanes, mode, engine, record) -> see `_post`."""
-    return new_int(_post(own_state(self), args, True))
-
-
-@fastcall
-def post_receive(self, args, count):  # type: ignore[no-untyped-def]
-    """(buffer, src, event_id, lanes, mode, engine, record) -> see `_post`."""
-    return new_int(_post(own_state(self), args, False))
-
-
-@fastcall
-def wait(self, args, count):  # type: ignore[no-untyped-def]
-    """(record,) -> OK if the operation has ended, NOT_TAKEN, or why it was not waited for any longer than a slice."""
-    calls = own_state(self)
-    op = as_index(calls, argument(args, 0), 1, _MAX_INDEX)
-    if load_i64(calls + CA_DETOUR) != 0 or op < 0:
-        return new_int(NOT_TAKEN)
-    store_i64(calls + CA_BEGAN_NS, now_ns())
-    driver = load_i64(calls + CA_DRIVER)
-    until_ns = load_i64(calls + CA_BEGAN_NS) + load_i64(calls + CA_SLICE_NS)
-    thread = release_lock()
-    status = wait_for_ended(driver, op, DONE_NEVER, until_ns)
-    take_lock(thread)
-    return new_int(status)

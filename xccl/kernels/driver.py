@@ -1,29 +1,25 @@
 """What moves operations on: the order within a channel, one wait for all of them, and the loop of a DMA engine.
 
 Rules
-- A channel has a list of its operations, in the order of their posting. A receive goes on when it is the first of its
-  list, a list of copies too; a send starts when all before it are written, and ends when it is acknowledged. Requests
-  of KV-cache transfers go on whenever they can.
+- Operations of a channel are in a list (`kernels.operations`). A list of copies goes on when it is the first there; a
+  receive too, but zero-copy messages are accepted ahead (`kernels.batches`). A send starts when all before it are
+  written, and ends when it is acknowledged. Requests of KV-cache transfers go on whenever they can.
 - Whoever is in a call of the rank drives all operations of the rank's own (`progress`), once, and never waits for
   anything. `wait_for` does so again and again until one of them has ended, and sleeps on the doorbell in between.
 - The DMA engine of a rank is a thread in `serve`. It drives the operations that were queued for it, and no others. It
   sleeps on a doorbell of its own while there are none, so that an idle engine costs the rank's peers no wake-ups.
-- An operation that has ended is taken out of its channel, and put on the list of those that the rank has not collected
-  yet. Its state is published last: then nobody but the rank touches the operation.
 
-With a DMA engine two threads use the channels: each channel has a lock then, held while its list is walked. Either
-thread may do what the other waits for (a message that is not written blocks those behind it), so after it has moved
-something it rings the rank's doorbell.
+With a DMA engine either of two threads may do what the other waits for (a message that is not written blocks those
+behind it), so after it has moved something it rings the rank's doorbell.
 """
 
 from __future__ import annotations
 
 from ..layout.ring import (
+    CH_BROKEN,
     CH_HEAD,
     CH_KIND,
-    CH_LOCK,
     CH_ONLY,
-    CH_TAIL,
     COPY,
     CP_BYTES,
     CP_DESTINATION,
@@ -32,50 +28,38 @@ from ..layout.ring import (
     DR_CHANNELS,
     DR_CONTROL,
     DR_COUNT,
-    DR_ENDED,
     DR_HAS_ENGINE,
     DR_IDLE,
     DR_QUEUED,
     DR_STOP,
     ENGINE_DMA,
     ENGINE_MTE,
-    FORM_RING,
     KIND_PAGED_RECEIVE,
     KIND_PAGED_SEND,
     KIND_RECEIVE,
     KIND_SEND,
     MAX_PIECE_BYTES,
     OP_BUFFER,
-    OP_BYTES,
     OP_CHANNEL,
     OP_CHUNKS,
     OP_DONE,
     OP_ENGINE,
-    OP_EVENT_ID,
-    OP_FIRST,
-    OP_FORM,
-    OP_LANES,
     OP_LINK,
     OP_MOVED,
-    OP_PIECES,
-    OP_PLACE,
     OP_RESULT,
     OP_SIGNAL,
     OP_SIGNAL_CONTROL,
     OP_SIGNAL_VALUE,
     OP_STATE,
     OP_TAKES,
-    OP_TARGET_FORM,
     STATE_DONE,
     STATE_UNDER_WAY,
     STATE_WITHDRAWN,
-    TAKES_LATER,
+    TAKES_FAILED,
 )
 from ..layout.segment import CTL_ABORT, CTL_DOORBELL
 from ._jit import device, kernel
 from .atomics import (
-    compare_and_swap,
-    cpu_pause,
     fence_seq_cst,
     fetch_add,
     load_acquire,
@@ -83,119 +67,19 @@ from .atomics import (
     store_i64,
     store_release,
 )
+from .batches import OTHER, accept_together, pull_together, push_together
 from .copy import copy_bytes
-from .fastcall import fastcall
 from .kv import step_receive as step_paged_receive, step_send as step_paged_send
-from .objects import new_int, own_state
-from .ring import is_written, step_receive, step_send, withdraw_receive, withdraw_send
-from .wait import ABORTED, OK, PENDING, SLICE, futex_wait, futex_wake, now_ns, relax, ring, sched_yield, settle
-from .zerocopy import ENDED, MOVED, locate
+from .operations import append, lock, prepare, remove, unlock
+from .ring import is_accepted_transfer, is_written, step_receive, withdraw_receive, withdraw_send, write_or_settle
+from .wait import ABORTED, OK, PENDING, SLICE, futex_wait, futex_wake, now_ns, relax, ring, settle
+from .zerocopy import ENDED, MOVED, await_pushed
 
 #: Bytes that one step of a list of copies moves before it looks at anything else.
 _COPY_BYTES_A_STEP = 1 << 20
 #: The same, of the requests of KV-cache transfers: whoever posts one waits for the step under way.
 _PAGED_BYTES_A_STEP = 256 << 10
 _DESCRIPTOR_BYTES = COPY.size_bytes
-
-
-# -- lists ------------------------------------------------------------------------------------------------------------
-
-
-@device
-def _lock(driver: int, channel: int) -> None:
-    """The other thread holds it for no longer than a step."""
-    if load_i64(driver + DR_HAS_ENGINE) == 0:
-        return
-    while compare_and_swap(channel + CH_LOCK, 0, 1) != 0:
-        sched_yield()
-
-
-@device
-def _unlock(driver: int, channel: int) -> None:
-    if load_i64(driver + DR_HAS_ENGINE) != 0:
-        store_release(channel + CH_LOCK, 0)
-
-
-@device
-def prepare(
-    channel: int, op: int, buffer: int, n_bytes: int, event_id: int, lanes: int, engine: int, zero_copy: bool
-) -> None:
-    """Fill an operation."""
-    form, place = FORM_RING, 0
-    if zero_copy:
-        form, place = locate(channel, buffer, n_bytes)
-    store_i64(op + OP_STATE, STATE_UNDER_WAY)
-    store_i64(op + OP_BUFFER, buffer)
-    store_i64(op + OP_BYTES, n_bytes)
-    store_i64(op + OP_EVENT_ID, event_id)
-    store_i64(op + OP_LANES, lanes)
-    store_i64(op + OP_ENGINE, engine)
-    store_i64(op + OP_FORM, form)
-    store_i64(op + OP_PLACE, place)
-    store_i64(op + OP_FIRST, 0)
-    store_i64(op + OP_CHUNKS, 0)
-    store_i64(op + OP_DONE, 0)
-    store_i64(op + OP_PIECES, 0)
-    store_i64(op + OP_MOVED, 0)
-    store_i64(op + OP_TAKES, TAKES_LATER)
-    store_i64(op + OP_TARGET_FORM, FORM_RING)
-    store_i64(op + OP_CHANNEL, channel)
-    store_i64(op + OP_LINK, 0)
-
-
-@device
-def append(driver: int, channel: int, op: int) -> None:
-    """Put an operation at the end of its channel's list."""
-    _lock(driver, channel)
-    tail = load_i64(channel + CH_TAIL)
-    if tail == 0:
-        store_i64(channel + CH_HEAD, op)
-    else:
-        store_i64(tail + OP_LINK, op)
-    store_i64(channel + CH_TAIL, op)
-    _unlock(driver, channel)
-    if load_i64(op + OP_ENGINE) == ENGINE_DMA:
-        fetch_add(driver + DR_QUEUED, 1)
-        fetch_add(driver + DR_BELL, 1)  # also the full fence between the queue and the look at `idle`
-        if load_acquire(driver + DR_IDLE) != 0:
-            futex_wake(driver + DR_BELL, 1)
-        ring(load_i64(driver + DR_CONTROL))
-
-
-@device
-def _remove(driver: int, channel: int, previous: int, op: int) -> None:
-    """Take an operation that has ended out of its channel, and let the rank collect it."""
-    following = load_i64(op + OP_LINK)
-    if previous == 0:
-        store_i64(channel + CH_HEAD, following)
-    else:
-        store_i64(previous + OP_LINK, following)
-    if following == 0:
-        store_i64(channel + CH_TAIL, previous)
-    if load_i64(op + OP_ENGINE) == ENGINE_DMA:
-        fetch_add(driver + DR_QUEUED, -1)
-    while True:
-        ended = load_acquire(driver + DR_ENDED)
-        store_i64(op + OP_LINK, ended)
-        if compare_and_swap(driver + DR_ENDED, ended, op) == ended:
-            break
-    # SYNC POINT operation-ended: released after everything else; `wait_for` and `next_ended` acquire it.
-    store_release(op + OP_STATE, load_i64(op + OP_RESULT))
-
-
-@fastcall
-def next_ended(self, args, count):  # type: ignore[no-untyped-def]
-    """() -> address of an operation, now off the list of those that have ended, or 0. It is bound to the driver."""
-    driver = own_state(self)
-    while True:
-        op = load_acquire(driver + DR_ENDED)
-        if op == 0:
-            return new_int(0)
-        if compare_and_swap(driver + DR_ENDED, op, load_i64(op + OP_LINK)) == op:
-            # SYNC POINT operation-ended: it is on the list a moment before its state is set.
-            while load_acquire(op + OP_STATE) == STATE_UNDER_WAY:
-                cpu_pause()
-            return new_int(op)
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------
@@ -231,7 +115,7 @@ def _step_copies(op: int) -> int:
 
 
 @device
-def _drive_sends(driver: int, channel: int, engine: int) -> bool:
+def _drive_sends(driver: int, channel: int, engine: int, copying: bool) -> bool:
     moved = False
     previous = 0
     op = load_i64(channel + CH_HEAD)
@@ -241,9 +125,9 @@ def _drive_sends(driver: int, channel: int, engine: int) -> bool:
         following = load_i64(op + OP_LINK)
         written = is_written(op)
         if load_i64(op + OP_ENGINE) == engine and not (is_waiting and written):
-            status = step_send(channel, op)
+            status = write_or_settle(channel, op)
             if status == ENDED:
-                _remove(driver, channel, previous, op)
+                remove(driver, channel, previous, op)
                 moved = True
                 op = following
                 continue
@@ -255,22 +139,53 @@ def _drive_sends(driver: int, channel: int, engine: int) -> bool:
             break
         previous = op
         op = following
+    return (copying and push_together(channel, engine)) or moved
+
+
+@device
+def _drive_receives(driver: int, channel: int, engine: int, copying: bool) -> bool:
+    moved = False
+    while load_i64(channel + CH_BROKEN) == 0:
+        status = accept_together(channel, engine)
+        if status == MOVED:
+            moved = True
+        if copying and pull_together(channel, engine):
+            moved = True
+        op = load_i64(channel + CH_HEAD)
+        while op != 0 and load_i64(op + OP_ENGINE) == engine and is_accepted_transfer(op):
+            failed = load_i64(op + OP_TAKES) == TAKES_FAILED
+            if not failed and (load_i64(op + OP_DONE) == 0 or await_pushed(channel, op) != ENDED):
+                return moved
+            if failed or load_i64(op + OP_RESULT) != STATE_DONE:
+                store_i64(channel + CH_BROKEN, 1)
+            following = load_i64(op + OP_LINK)
+            remove(driver, channel, 0, op)
+            moved = True
+            if load_i64(channel + CH_BROKEN) != 0:
+                return moved
+            op = following
+        if status != OTHER or op == 0 or load_i64(op + OP_ENGINE) != engine:
+            return moved
+        status = step_receive(channel, op)
+        if status != ENDED:
+            return moved or status == MOVED
+        remove(driver, channel, 0, op)
+        moved = True
     return moved
 
 
 @device
-def _drive_first(driver: int, channel: int, engine: int) -> bool:
-    """Receives and copies: one after the other."""
+def _drive_copies(driver: int, channel: int, engine: int) -> bool:
+    """One after the other."""
     moved = False
-    is_receiving = load_i64(channel + CH_KIND) == KIND_RECEIVE
     op = load_i64(channel + CH_HEAD)
     while op != 0 and load_i64(op + OP_ENGINE) == engine:
         following = load_i64(op + OP_LINK)
-        status = step_receive(channel, op) if is_receiving else _step_copies(op)
+        status = _step_copies(op)
         if status != ENDED:
             return moved or status == MOVED
         moved = True
-        _remove(driver, channel, 0, op)
+        remove(driver, channel, 0, op)
         op = following
     return moved
 
@@ -292,7 +207,7 @@ def _drive_paged(driver: int, channel: int, engine: int) -> bool:
             else:
                 status = step_paged_receive(op)
         if status == ENDED:
-            _remove(driver, channel, previous, op)
+            remove(driver, channel, previous, op)
         else:
             previous = op
         if status != PENDING:
@@ -302,22 +217,27 @@ def _drive_paged(driver: int, channel: int, engine: int) -> bool:
 
 
 @device
-def drive(driver: int, channel: int, engine: int) -> bool:
-    """Do what can be done at once for the operations of a channel that are driven by `engine`."""
+def drive(driver: int, channel: int, engine: int, copying: bool) -> bool:
+    """Do what can be done at once for the operations of a channel that are driven by `engine`.
+
+    If not `copying`, pieces of zero-copy messages are left for a call that waits, so that it has many at a time.
+    """
     if load_i64(channel + CH_HEAD) == 0:
         return False
     only = load_i64(channel + CH_ONLY)
     if only != 0 and only != engine + 1:
         return False  # without waiting for the other thread's step
-    _lock(driver, channel)
+    lock(driver, channel)
     kind = load_i64(channel + CH_KIND)
     if kind == KIND_SEND:
-        moved = _drive_sends(driver, channel, engine)
+        moved = _drive_sends(driver, channel, engine, copying)
+    elif kind == KIND_RECEIVE:
+        moved = _drive_receives(driver, channel, engine, copying)
     elif kind == KIND_PAGED_SEND or kind == KIND_PAGED_RECEIVE:
         moved = _drive_paged(driver, channel, engine)
     else:
-        moved = _drive_first(driver, channel, engine)
-    _unlock(driver, channel)
+        moved = _drive_copies(driver, channel, engine)
+    unlock(driver, channel)
     if moved and load_i64(driver + DR_HAS_ENGINE) != 0:
         ring(load_i64(driver + DR_CONTROL))  # the other thread may wait for this
     return moved
@@ -328,7 +248,7 @@ def _drive_all(driver: int, engine: int) -> bool:
     moved = False
     channels = load_i64(driver + DR_CHANNELS)
     for i in range(load_i64(driver + DR_COUNT)):
-        if drive(driver, load_i64(channels + 8 * i), engine):
+        if drive(driver, load_i64(channels + 8 * i), engine, True):
             moved = True
     return moved
 
@@ -351,7 +271,7 @@ def post(
     """Post a send or a receive, and drive its channel once; the operation's state."""
     prepare(channel, op, buffer, n_bytes, event_id, lanes, engine, zero_copy != 0)
     append(driver, channel, op)
-    drive(driver, channel, ENGINE_MTE)
+    drive(driver, channel, ENGINE_MTE, False)
     return load_acquire(op + OP_STATE)
 
 
@@ -375,7 +295,7 @@ def post_copies(
     store_i64(op + OP_SIGNAL_VALUE, value)
     store_i64(op + OP_SIGNAL_CONTROL, control)
     append(driver, channel, op)
-    drive(driver, channel, ENGINE_MTE)
+    drive(driver, channel, ENGINE_MTE, True)
     return load_acquire(op + OP_STATE)
 
 
@@ -385,7 +305,7 @@ def post_paged(driver: int, channel: int, op: int, transfer: int, request: int, 
     prepare(channel, op, transfer, 0, request, 1, engine, False)
     store_i64(op + OP_CHUNKS, layers)
     append(driver, channel, op)
-    drive(driver, channel, ENGINE_MTE)
+    drive(driver, channel, ENGINE_MTE, True)
     return load_acquire(op + OP_STATE)
 
 
@@ -432,7 +352,7 @@ def give_up(driver: int, op: int, until_ns: int) -> int:
     Returns SLICE if the other side is in the middle of a piece of it all the time: then the buffer must stay alive.
     """
     channel = load_i64(op + OP_CHANNEL)
-    _lock(driver, channel)
+    lock(driver, channel)
     status = OK
     previous = 0
     at = load_i64(channel + CH_HEAD)
@@ -445,9 +365,11 @@ def give_up(driver: int, op: int, until_ns: int) -> int:
             status = withdraw_send(channel, op, until_ns)
         elif kind == KIND_RECEIVE:
             status = withdraw_receive(channel, op, until_ns)
+            if load_i64(op + OP_CHUNKS) != 0:
+                store_i64(channel + CH_BROKEN, 1)
         store_i64(op + OP_RESULT, STATE_WITHDRAWN)
-        _remove(driver, channel, previous, op)
-    _unlock(driver, channel)
+        remove(driver, channel, previous, op)
+    unlock(driver, channel)
     return status
 
 

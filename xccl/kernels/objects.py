@@ -17,7 +17,7 @@ from numba.core import types
 
 from ..layout.calls import CA_TYPE_ARRAY, CA_TYPE_INT
 from ._jit import device
-from .atomics import load_i32, load_i64
+from .atomics import load_i32, load_i64, store_i64
 
 _HEAD_BYTES = object.__basicsize__
 _OBJECT_TYPE = _HEAD_BYTES - 8
@@ -36,11 +36,15 @@ _HAS_OBJECT = 0x01
 _as_int64: Any = types.ExternalFunction("PyLong_AsLongLong", types.int64(types.int64))
 _new_int: Any = types.ExternalFunction("PyLong_FromLongLong", types.int64(types.int64))
 _new_reference: Any = types.ExternalFunction("Py_IncRef", types.void(types.int64))
+_drop_reference: Any = types.ExternalFunction("Py_DecRef", types.void(types.int64))
+_allocate: Any = types.ExternalFunction("PyType_GenericAlloc", types.int64(types.int64, types.int64))
 _error_occurred: Any = types.ExternalFunction("PyErr_Occurred", types.int64())
 _clear_error: Any = types.ExternalFunction("PyErr_Clear", types.void())
 
 #: A new reference to an int of that value.
 new_int = _new_int
+#: One reference less to an object. May run any code of Python's.
+drop_reference = _drop_reference
 
 
 @device
@@ -60,6 +64,30 @@ def same_object(found: int) -> int:
     """A new reference to an object that exists."""
     _new_reference(found)
     return found
+
+
+@device
+def object_like(template: int, size_bytes: int) -> int:
+    """A new object with the same in all its `__slots__`, which are all that it has; 0 with MemoryError set."""
+    made = _allocate(load_i64(template + _OBJECT_TYPE), 0)
+    if made != 0:
+        for offset in range(_HEAD_BYTES, size_bytes, 8):
+            store_i64(made + offset, same_object(load_i64(template + offset)))
+    return made
+
+
+@device
+def set_slot(place: int, found: int) -> None:
+    """Let the slot at this address refer to an object, and no longer to what it did. May run any code of Python's."""
+    before = load_i64(place)
+    store_i64(place, same_object(found))
+    _drop_reference(before)
+
+
+@device
+def int_value(found: int) -> int:
+    """The value of an object that is an `int` of 64 bits."""
+    return _as_int64(found)
 
 
 @device
@@ -142,6 +170,12 @@ def have_same_rows(first: int, second: int) -> bool:
 def array_dtype(found: int) -> int:
     """Address of an array's dtype object."""
     return load_i64(found + _ARRAY_DTYPE)
+
+
+def slot_offset(found: object, name: str) -> int:
+    """Where in an object the reference of a slot is, in bytes, if no other slot of it refers to the same."""
+    words = (ctypes.c_int64 * (type(found).__basicsize__ // 8)).from_address(id(found))
+    return 8 * list(words).index(id(getattr(found, name)), _HEAD_BYTES // 8)
 
 
 def is_known() -> bool:

@@ -58,6 +58,22 @@ def write_memory(pid: int, vectors: int, own: int, other: int, n_bytes: int) -> 
     return True
 
 
+@device
+def copy_together(pid: int, own: int, other: int, count: int, outward: bool) -> int:
+    """Several blocks by one call; bytes that were copied: fewer than all if a part cannot be reached (any more).
+
+    Args:
+        pid: the other process.
+        own: address of [count] `struct iovec` for blocks here.
+        other: the same, for blocks of these sizes there.
+        count: how many.
+        outward: from here to there.
+    """
+    if outward:
+        return _process_vm_writev(pid, own, count, other, count, 0)
+    return _process_vm_readv(pid, own, count, other, count, 0)
+
+
 @kernel("int64(int64, int64, int64)")
 def may_read(pid: int, vectors: int, address: int) -> int:
     """May this process read the memory of another? 1 if so. It asks for a byte at an address that is nobody's.

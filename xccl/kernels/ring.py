@@ -86,11 +86,12 @@ from ..layout.ring import (
     STATE_DONE,
     STATE_REFUSED,
     TAKES,
+    TAKES_FAILED,
     TAKES_LATER,
     ZERO_COPY_BYTES,
 )
 from ._jit import device
-from .atomics import fetch_add, load_acquire, load_i64, remainder, store_i64, store_release
+from .atomics import fetch_add, load_acquire, load_i64, prefetch_for_writing, remainder, store_i64, store_release
 from .copy import copy_bytes
 from .wait import OK, PENDING, ring
 from .zerocopy import (
@@ -116,7 +117,8 @@ def _chunk_bytes(n_bytes: int, lanes: int, slot_bytes: int) -> int:
 
 
 @device
-def _slot(channel: int, position: int) -> int:
+def slot_of(channel: int, position: int) -> int:
+    """Address of the slot of a ring position."""
     index = remainder(position, load_i64(channel + CH_SLOTS))
     return load_i64(channel + CH_RING) + index * load_i64(channel + CH_SLOT_STRIDE)
 
@@ -225,9 +227,19 @@ def _end_send(channel: int, op: int, result: int) -> int:
 
 @device
 def step_send(channel: int, op: int) -> int:
+    """`write_or_settle`, and one piece of a zero-copy message is pushed. Returns PENDING, MOVED or ENDED."""
+    status = write_or_settle(channel, op)
+    if status != PENDING or not is_written(op) or load_i64(op + OP_FORM) == FORM_RING:
+        return status
+    status = push(channel, op, slot_of(channel, load_i64(op + OP_FIRST)))
+    return _end_send(channel, op, load_i64(op + OP_RESULT)) if status == ENDED else status
+
+
+@device
+def write_or_settle(channel: int, op: int) -> int:
     """Steps 1 to 4 and 8: write chunks while slots are free, look for the acknowledgement of the last one.
 
-    The operation must be the first of its channel that is not written. Returns PENDING, MOVED or ENDED.
+    The operation must be the first of its channel that is not written, or be written. Returns PENDING, MOVED or ENDED.
     """
     if load_i64(op + OP_CHUNKS) == 0 and not _start(channel, op):
         return PENDING
@@ -241,15 +253,14 @@ def step_send(channel: int, op: int) -> int:
             # SYNC POINT ring-ack: the receiver released this after it copied, or dropped, the last chunk.
             acknowledged = load_acquire(head) >= load_i64(op + OP_FIRST) + chunks
         # Looked at after the acknowledgement: a dropped message was refused first.
+        if load_i64(op + OP_TAKES) == TAKES_FAILED:
+            return _end_send(channel, op, load_i64(op + OP_RESULT))
         if _is_refused(channel, op):
             return _end_send(channel, op, STATE_REFUSED)
         if acknowledged:
             return _end_send(channel, op, STATE_DONE)
         if done == chunks:
-            if load_i64(op + OP_FORM) == FORM_RING:
-                return PENDING
-            status = push(channel, op, _slot(channel, load_i64(op + OP_FIRST)))
-            return _end_send(channel, op, load_i64(op + OP_RESULT)) if status == ENDED else status
+            return PENDING
     status = PENDING
     while load_i64(op + OP_DONE) < chunks and _slot_is_free(channel):
         _write_chunk(channel, op)
@@ -269,7 +280,7 @@ def withdraw_send(channel: int, op: int, until_ns: int) -> int:
     """See that nobody reads the buffer of a send any more: OK, or SLICE."""
     if load_i64(op + OP_FORM) == FORM_RING or load_i64(op + OP_CHUNKS) == 0 or load_i64(op + OP_DONE) == 0:
         return OK
-    return withdraw(channel, op, _slot(channel, load_i64(op + OP_FIRST)), True, until_ns)
+    return withdraw(channel, op, slot_of(channel, load_i64(op + OP_FIRST)), True, until_ns)
 
 
 # -- receiver ---------------------------------------------------------------------------------------------------------
@@ -294,16 +305,21 @@ def _published(channel: int, op: int) -> bool:
 
 
 @device
-def _acknowledge(channel: int, op: int, index: int, lanes: int) -> None:
-    """Step 7: give the slot of chunk `index` back, and go on to the one behind it."""
-    position = load_i64(channel + CH_NEXT)
+def _acknowledge(channel: int, op: int, position: int, index: int, lanes: int) -> None:
+    """Step 7: give the slot of chunk `index` back, which is at this position, and all before it."""
     field = load_i64(channel + CH_ACK_FIELDS) + remainder(index, lanes) * FIELD_BYTES
     store_i64(field + ACK_EVENT_ID, load_i64(op + OP_EVENT_ID))
     store_i64(field + ACK_CHUNK_ID, index)
     # SYNC POINT ring-ack: released after the slot was read; `step_send` acquires it.
     store_release(field + ACK_HEAD, position + 1)
-    store_i64(channel + CH_NEXT, position + 1)
     ring(load_i64(channel + CH_PEER_CONTROL))
+
+
+@device
+def acknowledge_transfer(channel: int, op: int) -> None:
+    """Step 7 of a zero-copy message: all pieces are taken, and those of this side are there."""
+    store_i64(op + OP_DONE, 1)
+    _acknowledge(channel, op, load_i64(op + OP_FIRST), 0, 1)
 
 
 @device
@@ -335,7 +351,7 @@ def _is_expected(op: int, slot: int) -> bool:
 
 @device
 def _accept(channel: int, op: int, slot: int) -> None:
-    """Step 5: the message that was asked for begins in this slot."""
+    """Step 5: the message that was asked for begins in this slot. A zero-copy one takes the position at once."""
     n_bytes = load_i64(op + OP_BYTES)
     chunk_bytes = load_i64(slot + SLOT_CHUNK_BYTES)
     store_i64(op + OP_FIRST, load_i64(channel + CH_NEXT))
@@ -343,6 +359,7 @@ def _accept(channel: int, op: int, slot: int) -> None:
     form = load_i64(slot + SLOT_FORM)
     store_i64(op + OP_FORM, form)
     if form != FORM_RING:
+        store_i64(channel + CH_NEXT, load_i64(channel + CH_NEXT) + 1)
         store_i64(op + OP_CHUNKS, 1)
         store_i64(op + OP_PLACE, load_i64(slot + SLOT_PLACE))
         if load_i64(op + OP_TAKES) == TAKES_LATER:
@@ -361,7 +378,8 @@ def _read_chunk(channel: int, op: int, slot: int) -> None:
     start = index * chunk_bytes
     n_bytes = min(chunk_bytes, load_i64(op + OP_BYTES) - start)
     copy_bytes(load_i64(op + OP_BUFFER) + start, slot + SLOT_HEADER_BYTES, n_bytes)
-    _acknowledge(channel, op, index, load_i64(op + OP_LANES))
+    _acknowledge(channel, op, load_i64(channel + CH_NEXT), index, load_i64(op + OP_LANES))
+    store_i64(channel + CH_NEXT, load_i64(channel + CH_NEXT) + 1)
     store_i64(op + OP_DONE, index + 1)
 
 
@@ -378,13 +396,50 @@ def _offer_ahead(channel: int, op: int) -> None:
 
 
 @device
+def is_accepted_transfer(op: int) -> bool:
+    """Is this a receive of a zero-copy message that has come?"""
+    return load_i64(op + OP_CHUNKS) != 0 and load_i64(op + OP_FORM) != FORM_RING
+
+
+@device
+def accept_transfer(channel: int, op: int) -> int:
+    """Step 5, if it is a zero-copy message that comes next, and the one that was asked for. No earlier one may be open.
+
+    Returns PENDING if nothing has come, MOVED if it was accepted, or ENDED if `step_receive` has to look at it.
+    """
+    if load_i64(channel + CH_STALE_LANES) != 0:
+        return ENDED
+    if not _published(channel, op):
+        _offer_ahead(channel, op)
+        return PENDING
+    slot = slot_of(channel, load_i64(channel + CH_NEXT))
+    prefetch_for_writing(slot)
+    if load_i64(slot + SLOT_FORM) == FORM_RING or not _is_expected(op, slot):
+        return ENDED
+    _accept(channel, op, slot)
+    return MOVED
+
+
+@device
+def _step_transfer(channel: int, op: int) -> int:
+    """Pull pieces of a zero-copy message that was accepted; acknowledge it, and wait for those of the sender."""
+    if load_i64(op + OP_DONE) != 0:
+        return await_pushed(channel, op)
+    status = pull(channel, op, slot_of(channel, load_i64(op + OP_FIRST)))
+    if status != ALL_TAKEN:
+        return status
+    acknowledge_transfer(channel, op)
+    return ENDED if await_pushed(channel, op) == ENDED else MOVED
+
+
+@device
 def step_receive(channel: int, op: int) -> int:
     """Steps 5 to 7: check the first chunk's header, copy and acknowledge all chunks that are there.
 
     The operation must be the first of its channel. Returns PENDING, MOVED or ENDED.
     """
-    if load_i64(op + OP_FORM) != FORM_RING and load_i64(op + OP_DONE) != 0:
-        return await_pushed(channel, op)
+    if is_accepted_transfer(op):
+        return _step_transfer(channel, op)
     status = PENDING
     # No more than one ring at a time, so that a call ends although a sender keeps pace with it.
     for _ in range(load_i64(channel + CH_SLOTS)):
@@ -393,12 +448,13 @@ def step_receive(channel: int, op: int) -> int:
             return status
         status = MOVED
         position = load_i64(channel + CH_NEXT)
-        slot = _slot(channel, position)
+        slot = slot_of(channel, position)
         if load_i64(op + OP_CHUNKS) == 0:
             lanes = load_i64(channel + CH_STALE_LANES)
             if lanes != 0 and load_i64(slot + SLOT_FIRST) == load_i64(channel + CH_STALE_FIRST):
                 # A chunk of the message that was refused last.
-                _acknowledge(channel, op, position - load_i64(slot + SLOT_FIRST), lanes)
+                _acknowledge(channel, op, position, position - load_i64(slot + SLOT_FIRST), lanes)
+                store_i64(channel + CH_NEXT, position + 1)
                 continue
             store_i64(channel + CH_STALE_LANES, 0)
             if load_i64(op + OP_TAKES) == TAKES:
@@ -409,12 +465,7 @@ def step_receive(channel: int, op: int) -> int:
                 return ENDED
             _accept(channel, op, slot)
         if load_i64(op + OP_FORM) != FORM_RING:
-            status = pull(channel, op, slot)
-            if status != ALL_TAKEN:
-                return status
-            _acknowledge(channel, op, 0, 1)
-            store_i64(op + OP_DONE, 1)
-            return ENDED if await_pushed(channel, op) == ENDED else MOVED
+            return _step_transfer(channel, op)
         _read_chunk(channel, op, slot)
         if load_i64(op + OP_DONE) == load_i64(op + OP_CHUNKS):
             store_i64(op + OP_RESULT, STATE_DONE)
@@ -425,7 +476,7 @@ def step_receive(channel: int, op: int) -> int:
 @device
 def withdraw_receive(channel: int, op: int, until_ns: int) -> int:
     """See that nobody writes to the buffer of a receive any more: OK, or SLICE."""
-    slot = _slot(channel, load_i64(op + OP_FIRST))
+    slot = slot_of(channel, load_i64(op + OP_FIRST))
     if load_i64(op + OP_CHUNKS) == 0:
         if load_i64(op + OP_TAKES) == TAKES_LATER:
             return OK

@@ -19,9 +19,11 @@ Rules
 Theory of operation. A piece is taken by an addition to the slot's claims: the sum of both counts before it says whether
 a piece was left, so each piece is taken once. Each side counts the pieces that it has copied, and releases the count.
 Claims and the receiver's count are in the slot: the sender clears them before it announces the slot, and does not use
-them again before the position was acknowledged. The sender's count is that of all messages so far, in a word of its own
-that is never cleared: the receiver waits for it after the acknowledgement, when the slot may have another message.
-A sender that has taken a piece copies it in the same step, so what is taken comes, unless the sender dies or fails.
+them again before the position was acknowledged. The sender's count is that of all messages with this slot so far, in a
+word of its own that is never cleared: the receiver waits for it after the acknowledgement, when the slot may have
+another message. Who has taken a piece copies it in the same step, so it comes, unless that rank dies or fails.
+
+A step copies a piece of one message, or, of several that are under way together, a piece of each: `kernels.batches`.
 
 Neither side may touch a buffer whose owner has taken it back. Who gives a message up closes the claims by one more
 addition, and then waits until the piece that the other side may be copying is done (`withdraw`); nothing can be taken
@@ -78,6 +80,7 @@ from ..layout.ring import (
     OP_TARGET_PLACE,
     PU_COUNT,
     PUSH_FAILED,
+    PUSHES_BYTES,
     REACH_DIRECT,
     REACH_NONE,
     SLOT_CLAIMS,
@@ -86,6 +89,7 @@ from ..layout.ring import (
     STATE_FAILED,
     STATE_WITHDRAWN,
     TAKES,
+    TAKES_FAILED,
     TAKES_LATER,
     TAKES_NO_MORE,
     TR_PULLED,
@@ -126,7 +130,7 @@ def locate(channel: int, buffer: int, n_bytes: int) -> tuple[int, int]:
 
 
 @device
-def _move_between(channel: int, own: int, form: int, place: int, n_bytes: int, outward: bool) -> bool:
+def move_between(channel: int, own: int, form: int, place: int, n_bytes: int, outward: bool) -> bool:
     """Copy between a buffer of this rank and one of the peer; False if the peer's cannot be reached (any more)."""
     if form == FORM_SEGMENT or load_i64(channel + CH_REACH) == REACH_DIRECT:
         other = place + load_i64(channel + CH_PEER_SEGMENT) if form == FORM_SEGMENT else place
@@ -153,10 +157,25 @@ def _taken(claims: int) -> int:
 
 
 @device
-def _piece(op: int, index: int) -> tuple[int, int]:
+def piece(op: int, index: int) -> tuple[int, int]:
     """Start and length of a piece."""
     start = index * load_i64(op + OP_CHUNK_BYTES)
     return start, min(load_i64(op + OP_CHUNK_BYTES), load_i64(op + OP_BYTES) - start)
+
+
+@device
+def _pushes(channel: int, op: int) -> int:
+    """Address of the sender's count of pieces, for the slot of a message."""
+    index = remainder(load_i64(op + OP_FIRST), load_i64(channel + CH_SLOTS))
+    return load_i64(channel + CH_PUSHES) + index * PUSHES_BYTES + PU_COUNT
+
+
+@device
+def _expect(channel: int, op: int, pieces: int) -> int:
+    """Add to the pieces that the sender pushes, for the slot of a message; the sum."""
+    own = load_i64(channel + CH_PUSHED) + 8 * remainder(load_i64(op + OP_FIRST), load_i64(channel + CH_SLOTS))
+    store_i64(own, load_i64(own) + pieces)
+    return load_i64(own)
 
 
 @device
@@ -203,33 +222,56 @@ def _is_answered(channel: int, op: int) -> bool:
 
 
 @device
-def push(channel: int, op: int, slot: int) -> int:
-    """Take one piece from the back, if the receiver has said where to, and write it there."""
-    if load_i64(op + OP_TAKES) == TAKES_NO_MORE:
-        return PENDING
-    if load_i64(op + OP_TAKES) == TAKES_LATER and not _is_answered(channel, op):
-        return PENDING
+def take_from_back(channel: int, op: int, slot: int) -> int:
+    """Take a piece to push, if the receiver has said where to: its number, or -1."""
+    takes = load_i64(op + OP_TAKES)
+    if takes == TAKES_NO_MORE or (takes == TAKES_LATER and not _is_answered(channel, op)):
+        return -1
     pieces = load_i64(op + OP_PIECES)
     before = fetch_add(slot + SLOT_CLAIMS, CLAIM_BACK)
-    if before >= CLAIM_CLOSED or _taken(before) >= pieces:
+    if before >= CLAIM_CLOSED or _taken(before) + 1 >= pieces:
         store_i64(op + OP_TAKES, TAKES_NO_MORE)
-        return PENDING
-    pushed = load_i64(op + OP_MOVED)
-    start, n_bytes = _piece(op, pieces - 1 - pushed)
-    own, place = load_i64(op + OP_BUFFER) + start, load_i64(op + OP_TARGET_PLACE) + start
-    if not _move_between(channel, own, load_i64(op + OP_TARGET_FORM), place, n_bytes, True):
-        fetch_add(slot + SLOT_CLAIMS, CLAIM_CLOSED)
-        store_release(load_i64(channel + CH_PUSHES) + PU_COUNT, PUSH_FAILED)
-        ring(load_i64(channel + CH_PEER_CONTROL))
-        store_i64(op + OP_RESULT, STATE_FAILED)
-        return ENDED
-    store_i64(op + OP_MOVED, pushed + 1)
-    count = load_i64(channel + CH_PUSHED) + 1
-    store_i64(channel + CH_PUSHED, count)
+        if before >= CLAIM_CLOSED or _taken(before) >= pieces:
+            return -1
+    return pieces - 1 - load_i64(op + OP_MOVED)
+
+
+@device
+def count_push(channel: int, op: int) -> None:
+    """A piece that was taken has been pushed. The receiver is to be woken after that."""
+    store_i64(op + OP_MOVED, load_i64(op + OP_MOVED) + 1)
+    index = remainder(load_i64(op + OP_FIRST), load_i64(channel + CH_SLOTS))
+    own = load_i64(channel + CH_PUSHED) + 8 * index
+    count = load_i64(own) + 1
+    store_i64(own, count)
     # SYNC POINT ring-pushed: released after the piece; `await_pushed` acquires it.
-    store_release(load_i64(channel + CH_PUSHES) + PU_COUNT, count)
+    store_release(_pushes(channel, op), count)
+
+
+@device
+def fail_push(channel: int, op: int, slot: int) -> None:
+    """A piece that was taken cannot be pushed: the message is broken off. The receiver is to be woken after that."""
+    fetch_add(slot + SLOT_CLAIMS, CLAIM_CLOSED)
+    store_release(_pushes(channel, op), PUSH_FAILED)
+    store_i64(op + OP_TAKES, TAKES_FAILED)
+    store_i64(op + OP_RESULT, STATE_FAILED)
+
+
+@device
+def push(channel: int, op: int, slot: int) -> int:
+    """Take one piece from the back, if the receiver has said where to, and write it there."""
+    index = take_from_back(channel, op, slot)
+    if index < 0:
+        return PENDING
+    start, n_bytes = piece(op, index)
+    own, place = load_i64(op + OP_BUFFER) + start, load_i64(op + OP_TARGET_PLACE) + start
+    copied = move_between(channel, own, load_i64(op + OP_TARGET_FORM), place, n_bytes, True)
+    if copied:
+        count_push(channel, op)
+    else:
+        fail_push(channel, op, slot)
     ring(load_i64(channel + CH_PEER_CONTROL))
-    return MOVED
+    return MOVED if copied else ENDED
 
 
 # -- receiver ---------------------------------------------------------------------------------------------------------
@@ -271,41 +313,79 @@ def take_back(channel: int, op: int) -> None:
 
 
 @device
+def take_from_front(channel: int, op: int, slot: int) -> int:
+    """Take a piece to pull: its number, or -1. OP_TAKES says afterwards whether there may be more."""
+    pieces, pulled = load_i64(op + OP_PIECES), load_i64(op + OP_MOVED)
+    before = load_acquire(slot + SLOT_CLAIMS) if pulled > 0 else 0
+    if pulled == pieces or (before < CLAIM_CLOSED and _taken(before) >= pieces):
+        store_i64(op + OP_TAKES, TAKES_NO_MORE)
+        return -1
+    before = fetch_add(slot + SLOT_CLAIMS, CLAIM_FRONT)
+    if before >= CLAIM_CLOSED:
+        _count_pushed(channel, op, before)
+        store_i64(op + OP_TAKES, TAKES_FAILED)
+        store_i64(op + OP_RESULT, STATE_WITHDRAWN)
+        return -1
+    if _taken(before) + 1 >= pieces:
+        store_i64(op + OP_TAKES, TAKES_NO_MORE)
+        if _taken(before) >= pieces:
+            return -1
+    return pulled
+
+
+@device
+def count_pull(op: int, slot: int) -> None:
+    """A piece that was taken has been pulled."""
+    pulled = load_i64(op + OP_MOVED) + 1
+    store_i64(op + OP_MOVED, pulled)
+    store_release(slot + SLOT_HEADER_BYTES + TR_PULLED, pulled)
+
+
+@device
+def fail_pull(channel: int, op: int, slot: int) -> None:
+    """A piece that was taken cannot be pulled: the message is broken off."""
+    _count_pushed(channel, op, fetch_add(slot + SLOT_CLAIMS, CLAIM_CLOSED))
+    store_i64(op + OP_TAKES, TAKES_FAILED)
+    store_i64(op + OP_RESULT, STATE_FAILED)
+
+
+@device
+def wake_for_answer(channel: int) -> None:
+    """Wake the sender, should it sleep, for answers that it has not seen.
+
+    SYNC POINT doorbell: taking a piece is the full fence between the answer and the look at the number of waiters.
+    """
+    if waiters(load_i64(channel + CH_PEER_CONTROL)) > 0:
+        wake(load_i64(channel + CH_PEER_CONTROL))
+
+
+@device
+def expect_pushed(channel: int, op: int) -> None:
+    """All pieces are taken, and those of this side are there: note what the sender's count has to come to."""
+    store_i64(op + OP_PUSHED, _expect(channel, op, load_i64(op + OP_PIECES) - load_i64(op + OP_MOVED)))
+
+
+@device
 def pull(channel: int, op: int, slot: int) -> int:
     """Take pieces from the front, and read them. ALL_TAKEN when there is none left: the sender takes the others."""
-    transfer = slot + SLOT_HEADER_BYTES
-    pieces = load_i64(op + OP_PIECES)
-    n = 0
-    while load_i64(op + OP_MOVED) < pieces:
-        if n == _PIECES_A_STEP:
-            return MOVED
-        n += 1
-        if n > 1 and _taken(load_acquire(slot + SLOT_CLAIMS)) >= pieces:
-            break
-        before = fetch_add(slot + SLOT_CLAIMS, CLAIM_FRONT)
-        if n == 1 and waiters(load_i64(channel + CH_PEER_CONTROL)) > 0:
-            # SYNC POINT doorbell: for the answer; the addition is the full fence in between.
-            wake(load_i64(channel + CH_PEER_CONTROL))
-        pulled = load_i64(op + OP_MOVED)
-        if before >= CLAIM_CLOSED:
-            _count_pushed(channel, op, before)
-            store_i64(op + OP_RESULT, STATE_WITHDRAWN)
+    for n in range(_PIECES_A_STEP):
+        index = -1
+        if load_i64(op + OP_TAKES) == TAKES:
+            index = take_from_front(channel, op, slot)
+            if n == 0:
+                wake_for_answer(channel)
+        if load_i64(op + OP_TAKES) == TAKES_FAILED:
             return ENDED
-        if _taken(before) >= pieces:
-            break
-        start, n_bytes = _piece(op, pulled)
+        if index < 0:
+            expect_pushed(channel, op)
+            return ALL_TAKEN
+        start, n_bytes = piece(op, index)
         own, place = load_i64(op + OP_BUFFER) + start, load_i64(op + OP_PLACE) + start
-        if not _move_between(channel, own, load_i64(op + OP_FORM), place, n_bytes, False):
-            _count_pushed(channel, op, fetch_add(slot + SLOT_CLAIMS, CLAIM_CLOSED))
-            store_i64(op + OP_RESULT, STATE_FAILED)
+        if not move_between(channel, own, load_i64(op + OP_FORM), place, n_bytes, False):
+            fail_pull(channel, op, slot)
             return ENDED
-        store_i64(op + OP_MOVED, pulled + 1)
-        store_release(transfer + TR_PULLED, pulled + 1)
-    store_i64(op + OP_TAKES, TAKES_NO_MORE)
-    others = pieces - load_i64(op + OP_MOVED)
-    store_i64(channel + CH_PUSHED, load_i64(channel + CH_PUSHED) + others)
-    store_i64(op + OP_PUSHED, load_i64(channel + CH_PUSHED))
-    return ALL_TAKEN
+        count_pull(op, slot)
+    return MOVED
 
 
 @device
@@ -315,7 +395,7 @@ def await_pushed(channel: int, op: int) -> int:
         store_i64(op + OP_RESULT, STATE_DONE)
         return ENDED
     # SYNC POINT ring-pushed: acquires the pieces that `push` has written.
-    count = load_acquire(load_i64(channel + CH_PUSHES) + PU_COUNT)
+    count = load_acquire(_pushes(channel, op))
     if count < load_i64(op + OP_PUSHED):
         return PENDING
     store_i64(op + OP_RESULT, STATE_WITHDRAWN if count == PUSH_FAILED else STATE_DONE)
@@ -324,10 +404,8 @@ def await_pushed(channel: int, op: int) -> int:
 
 @device
 def _count_pushed(channel: int, op: int, claims: int) -> int:
-    """Count the pieces of a message that is given up which its sender has taken; how many."""
-    others = min(_taken_by_sender(claims), load_i64(op + OP_PIECES) - load_i64(op + OP_MOVED))
-    store_i64(channel + CH_PUSHED, load_i64(channel + CH_PUSHED) + others)
-    return others
+    """Count the pieces of a message that is given up which its sender has taken; what its count has to come to."""
+    return _expect(channel, op, min(_taken_by_sender(claims), load_i64(op + OP_PIECES) - load_i64(op + OP_MOVED)))
 
 
 # -- giving up --------------------------------------------------------------------------------------------------------
@@ -341,7 +419,7 @@ def withdraw(channel: int, op: int, slot: int, sending: bool, until_ns: int) -> 
     """
     if not sending and load_i64(op + OP_DONE) != 0:
         # Acknowledged: the slot may be used again. All pieces are taken.
-        word, target = load_i64(channel + CH_PUSHES) + PU_COUNT, load_i64(op + OP_PUSHED)
+        word, target = _pushes(channel, op), load_i64(op + OP_PUSHED)
     else:
         before = load_acquire(slot + SLOT_CLAIMS)
         if before < CLAIM_CLOSED:
@@ -350,8 +428,7 @@ def withdraw(channel: int, op: int, slot: int, sending: bool, until_ns: int) -> 
             word = slot + SLOT_HEADER_BYTES + TR_PULLED
             target = min(before & CLAIM_MASK, load_i64(op + OP_PIECES) - load_i64(op + OP_MOVED))
         else:
-            _count_pushed(channel, op, before)
-            word, target = load_i64(channel + CH_PUSHES) + PU_COUNT, load_i64(channel + CH_PUSHED)
+            word, target = _pushes(channel, op), _count_pushed(channel, op, before)
     while load_acquire(word) < target:
         if now_ns() >= until_ns:
             return SLICE

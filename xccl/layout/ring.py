@@ -83,9 +83,8 @@ TRANSFER = Record(
 )
 TR_PULLED = TRANSFER.add("pulled", 8, "pieces that the receiver has copied")
 
-PUSHES = Record("pushes", "One for each peer, in the receiver's metadata area, written by the sender.")
-PU_COUNT = PUSHES.add("count", 8, "pieces pushed so far, of all messages (SYNC POINT ring-pushed)")
-PUSHES.pad_to(64)
+PUSHES = Record("pushes", "One for each peer and ring slot, in the receiver's metadata area, written by the sender.")
+PU_COUNT = PUSHES.add("count", 8, "pieces pushed so far, of all messages with this slot (SYNC POINT ring-pushed)")
 PUSHES_BYTES = PUSHES.size_bytes
 #: A count that says that the sender could not write to the receiver's buffer.
 PUSH_FAILED = 1 << 62
@@ -95,6 +94,10 @@ CLAIM_BACK = 1 << 30
 #: One side has given the message up: nothing more may be taken.
 CLAIM_CLOSED = 1 << 60
 CLAIM_MASK = CLAIM_BACK - 1
+
+#: Pieces of different messages that one call of the operating system's kernel copies, and about how many bytes.
+BATCH = 8
+BATCH_BYTES = 256 << 10
 
 CHANNEL = Record(
     "channel state",
@@ -113,8 +116,10 @@ CH_SLOT_STRIDE = CHANNEL.add("slot_stride_bytes", 8, "distance between slots")
 CH_NEXT = CHANNEL.add("next", 8, "ring position of the next chunk to write or to read")
 CH_REFUSAL_TABLE = CHANNEL.add("refusal_table", 8, "address of the refusals, at the sender")
 CH_ANSWER_TABLE = CHANNEL.add("answer_table", 8, "address of the answers, at the sender")
-CH_PUSHES = CHANNEL.add("pushes", 8, "address of the count of pieces pushed, at the receiver")
-CH_PUSHED = CHANNEL.add("pushed", 8, "pieces pushed, of all messages so far; at the receiver, of those acknowledged")
+CH_PUSHES = CHANNEL.add("pushes", 8, "address of the counts of pieces pushed, at the receiver")
+CH_PUSHED = CHANNEL.add(
+    "pushed", 8, "address of [slots] int64: pieces pushed of messages with each slot; at the receiver, if acknowledged"
+)
 CH_STALE_FIRST = CHANNEL.add("stale_first", 8, "start of the message that is being skipped (receiver)")
 CH_STALE_LANES = CHANNEL.add("stale_lanes", 8, "its lanes (receiver)")
 CH_SLOT_LANES = CHANNEL.add("slot_lanes", 8, "address of [slots] int64: the lane that last used each slot (sender)")
@@ -127,11 +132,16 @@ CH_PEER_SEGMENT = CHANNEL.add("peer_segment", 8, "address of the peer's segment"
 CH_REACH = CHANNEL.add("reach", 8, "how the peer's private memory is reached: one of the REACH_ codes")
 CH_PEER_PID = CHANNEL.add("peer_pid", 8, "process of the peer, for REACH_KERNEL")
 CH_VECTORS = CHANNEL.add("vectors", 4 * 8, "two `struct iovec` for the kernel: here and there")
+CH_OWN_VECTORS = CHANNEL.add("own_vectors", BATCH * 16, "the same for pieces that are copied together: here")
+CH_PEER_VECTORS = CHANNEL.add("peer_vectors", BATCH * 16, "the same: there")
+CH_BATCH = CHANNEL.add("batch", BATCH * 8, "addresses of the operations whose pieces they are")
+CH_BROKEN = CHANNEL.add("broken", 8, "1 once a receive was broken off in the middle: those behind it go no further")
 CH_HEAD = CHANNEL.add("head", 8, "address of the first operation that has not ended, 0 if there is none")
 CH_TAIL = CHANNEL.add("tail", 8, "address of the last one")
 CH_LOCK = CHANNEL.add("lock", 8, "1 while a thread drives the channel, if there is a DMA engine")
 CH_ONLY = CHANNEL.add("only", 8, "1 + the ENGINE_ code of all its operations, 0 if either engine may have some")
 CH_SPARE = CHANNEL.add("spare", 8, "address of the operation record of the next blocking call")
+CH_TEMPLATE = CHANNEL.add("template", 8, "address of a Python object: what requests of this channel are like")
 
 #: What a channel carries.
 KIND_SEND = 0
@@ -173,7 +183,14 @@ OP_PEER_EVENT_ID = OPERATION.add("peer_event_id", 8, "of a refusal: the event ID
 OP_PEER_BYTES = OPERATION.add("peer_bytes", 8, "of a refusal: the size on the other side")
 OP_PEER_LANES = OPERATION.add("peer_lanes", 8, "of a refusal: the lanes on the other side")
 OP_CHANNEL = OPERATION.add("channel", 8, "address of its channel")
-OP_LINK = OPERATION.add("link", 8, "address of the next operation of its channel, or of those that have ended")
+OP_LINK = OPERATION.add(
+    "link", 8, "address of the next operation of its channel, of those that have ended, or of those that are free"
+)
+OP_OBJECT = OPERATION.add(
+    "object", 8, "address of the Python object that stands for this record, and knows its request"
+)
+OP_DIRECT = OPERATION.add("direct", 8, "1 if compiled code may take note of its end, should it be a good one")
+OP_NUMBER = OPERATION.add("number", 8, "how many operations of the rank were posted before it")
 
 #: More than `done` can be.
 DONE_NEVER = 1 << 62
@@ -185,10 +202,11 @@ STATE_WITHDRAWN = 3
 STATE_FAILED = 4
 
 #: Does this side of a zero-copy message take pieces? It does not yet (a sender waits for the answer), it does, it has
-#: found that none are left or may not take any.
+#: found that none are left or may not take any; or it has broken off.
 TAKES_LATER = 0
 TAKES = 1
 TAKES_NO_MORE = 2
+TAKES_FAILED = 3
 
 #: Who drives an operation: the rank itself whenever it is in a call, or its DMA engine.
 ENGINE_MTE = 0
@@ -205,8 +223,10 @@ DR_CHANNELS = DRIVER.add("channels", 8, "address of the addresses of all channel
 DR_COUNT = DRIVER.add("count", 8, "how many there are")
 DR_ENDED = DRIVER.add("ended", 8, "address of the operation that ended last and was not collected yet, 0 if none")
 DR_REQUESTS = DRIVER.add(
-    "requests", 8, "1 while requests are under way: calls that wait drive them, and go the long way"
+    "requests", 8, "requests that are under way: while there are any, calls that wait drive them, and go the long way"
 )
+DR_FREE = DRIVER.add("free", 8, "address of an operation that nobody uses, 0 if there is none")
+DR_POSTED = DRIVER.add("posted", 8, "operations posted so far")
 DR_HAS_ENGINE = DRIVER.add("has_engine", 8, "1 once there is a DMA engine, and channels are locked")
 DR_QUEUED = DRIVER.add("queued", 8, "operations of the DMA engine that have not ended")
 DR_BELL = DRIVER.add("bell", 8, "the DMA engine's own doorbell, raised for each new descriptor")

@@ -135,7 +135,12 @@ class Geometry:
     @property
     def fields_per_peer_bytes(self) -> int:
         """Bytes of the fields of one peer: data and acknowledgement for each lane, refusal and answer for each slot."""
-        return 2 * MAX_LANES * FIELD_BYTES + PUSHES_BYTES + self.ring_slots * (REFUSAL_BYTES + ANSWER_BYTES)
+        return 2 * MAX_LANES * FIELD_BYTES + self.pushes_bytes + self.ring_slots * (REFUSAL_BYTES + ANSWER_BYTES)
+
+    @property
+    def pushes_bytes(self) -> int:
+        """Bytes of the counts of pieces that one peer has pushed."""
+        return align_up(self.ring_slots * PUSHES_BYTES, 64)
 
     @property
     def expert_metadata_offset(self) -> int:
@@ -172,12 +177,12 @@ class Geometry:
         return self.metadata_offset + peer * self.fields_per_peer_bytes
 
     def pushes_offset(self, peer: int) -> int:
-        """Where `peer`, as a sender, counts the pieces that it has pushed."""
+        """Where `peer`, as a sender, counts the pieces that it has pushed: [ring_slots] words."""
         return self.data_fields_offset(peer) + MAX_LANES * FIELD_BYTES
 
     def ack_fields_offset(self, peer: int) -> int:
         """Where `peer`, as a receiver, acknowledges what this rank sent: [MAX_LANES] of 32 bytes."""
-        return self.pushes_offset(peer) + PUSHES_BYTES
+        return self.pushes_offset(peer) + self.pushes_bytes
 
     def refusals_offset(self, peer: int) -> int:
         """Where `peer`, as a receiver, refuses what this rank sent: [ring_slots] refusals."""
