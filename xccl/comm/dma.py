@@ -2,7 +2,7 @@
 
 A die's DMA engine works off a queue of descriptors without any of its cores, has a higher start-up, and moves up to
 gigabytes a transfer (XDS section 3.1). Here it is a thread in a kernel that holds no lock of the interpreter
-(`kernels.driver.serve`): a descriptor is an operation given to it with engine="dma". Starting an idle engine takes a
+(`kernels.engine.serve`): a descriptor is an operation given to it with engine="dma". Starting an idle engine takes a
 system call and the wake-up of a thread, which is the start-up. It is made by the first such operation, and ends with
 the session.
 
@@ -15,7 +15,7 @@ import threading
 import time
 
 from ..errors import FabricError
-from ..kernels import driver as kernels, wait
+from ..kernels import engine as kernels, wait
 
 #: The engine comes back from its kernel so often, so that it ends with the interpreter.
 _SLICE_NS = 500_000_000

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels import driver as kernels
+from ..kernels import driver as kernels, operations
 from ..layout import ring as layout
 from ..layout.ring import CHANNEL, DRIVER, KIND_COPY
 from .channel import Channel, OperationPool
@@ -112,7 +112,7 @@ class Driver:
     @cached_property
     def _next_ended(self) -> Callable[[], int]:
         """Takes an operation off the list of those that have ended; its address, or 0 if there is none."""
-        return kernels.next_ended.bind(self.address)
+        return operations.next_ended.bind(self.address)
 
     def collect(self) -> None:
         """Let the owners of all operations that have ended take note of it."""

@@ -52,7 +52,7 @@ from ..layout.ring import (
 from ._jit import device
 from .atomics import cpu_pause, load_acquire, load_i64, store_i64
 from .copy import copy_bytes_auto
-from .driver import append, drive, prepare, wait_for_ended
+from .driver import drive, wait_for_ended
 from .fastcall import fastcall, release_lock, take_lock
 from .objects import (
     argument,
@@ -66,6 +66,7 @@ from .objects import (
     same_object,
 )
 from .onesided import send_signal, wait_for_word, word_holds
+from .operations import append, prepare
 from .ring import step_receive, step_send
 from .wait import OK, now_ns
 from .zerocopy import ENDED, MOVED

@@ -1,19 +1,13 @@
-"""What moves operations on: the order within a channel, one wait for all of them, and the loop of a DMA engine.
+"""What moves operations on: the order within a channel, and one wait for all of them.
 
 Rules
-- A channel has a list of its operations, in the order of their posting. A receive goes on when it is the first of its
-  list, a list of copies too; a send starts when all before it are written, and ends when it is acknowledged. Requests
-  of KV-cache transfers go on whenever they can.
+- A receive goes on when it is the first of its channel's list, a list of copies too; a send starts when all before it
+  are written, and ends when it is acknowledged. Requests of KV-cache transfers go on whenever they can.
 - Whoever is in a call of the rank drives all operations of the rank's own (`progress`), once, and never waits for
   anything. `wait_for` does so again and again until one of them has ended, and sleeps on the doorbell in between.
-- The DMA engine of a rank is a thread in `serve`. It drives the operations that were queued for it, and no others. It
-  sleeps on a doorbell of its own while there are none, so that an idle engine costs the rank's peers no wake-ups.
-- An operation that has ended is taken out of its channel, and put on the list of those that the rank has not collected
-  yet. Its state is published last: then nobody but the rank touches the operation.
-
-With a DMA engine two threads use the channels: each channel has a lock then, held while its list is walked. Either
-thread may do what the other waits for (a message that is not written blocks those behind it), so after it has moved
-something it rings the rank's doorbell.
+- The DMA engine of a rank drives those that were queued for it (`xccl.kernels.engine`). Either thread may do what the
+  other waits for (a message that is not written blocks those behind it), so after it has moved something it rings the
+  rank's doorbell.
 """
 
 from __future__ import annotations
@@ -21,181 +15,52 @@ from __future__ import annotations
 from ..layout.ring import (
     CH_HEAD,
     CH_KIND,
-    CH_LOCK,
     CH_ONLY,
-    CH_TAIL,
     COPY,
     CP_BYTES,
     CP_DESTINATION,
     CP_SOURCE,
-    DR_BELL,
     DR_CHANNELS,
     DR_CONTROL,
     DR_COUNT,
-    DR_ENDED,
     DR_HAS_ENGINE,
-    DR_IDLE,
-    DR_QUEUED,
-    DR_STOP,
-    ENGINE_DMA,
     ENGINE_MTE,
-    FORM_RING,
     KIND_PAGED_RECEIVE,
     KIND_PAGED_SEND,
     KIND_RECEIVE,
     KIND_SEND,
     MAX_PIECE_BYTES,
     OP_BUFFER,
-    OP_BYTES,
     OP_CHANNEL,
     OP_CHUNKS,
     OP_DONE,
     OP_ENGINE,
-    OP_EVENT_ID,
-    OP_FIRST,
-    OP_FORM,
-    OP_LANES,
     OP_LINK,
     OP_MOVED,
-    OP_PIECES,
-    OP_PLACE,
     OP_RESULT,
     OP_SIGNAL,
     OP_SIGNAL_CONTROL,
     OP_SIGNAL_VALUE,
     OP_STATE,
-    OP_TAKES,
-    OP_TARGET_FORM,
     STATE_DONE,
     STATE_UNDER_WAY,
     STATE_WITHDRAWN,
-    TAKES_LATER,
 )
 from ..layout.segment import CTL_ABORT, CTL_DOORBELL
 from ._jit import device, kernel
-from .atomics import (
-    compare_and_swap,
-    cpu_pause,
-    fence_seq_cst,
-    fetch_add,
-    load_acquire,
-    load_i64,
-    store_i64,
-    store_release,
-)
+from .atomics import fetch_add, load_acquire, load_i64, store_i64
 from .copy import copy_bytes
-from .fastcall import fastcall
 from .kv import step_receive as step_paged_receive, step_send as step_paged_send
-from .objects import new_int, own_state
+from .operations import append, lock, prepare, remove, unlock
 from .ring import is_written, step_receive, step_send, withdraw_receive, withdraw_send
-from .wait import ABORTED, OK, PENDING, SLICE, futex_wait, futex_wake, now_ns, relax, ring, sched_yield, settle
-from .zerocopy import ENDED, MOVED, locate
+from .wait import ABORTED, OK, PENDING, SLICE, now_ns, relax, ring, settle
+from .zerocopy import ENDED, MOVED
 
 #: Bytes that one step of a list of copies moves before it looks at anything else.
 _COPY_BYTES_A_STEP = 1 << 20
 #: The same, of the requests of KV-cache transfers: whoever posts one waits for the step under way.
 _PAGED_BYTES_A_STEP = 256 << 10
 _DESCRIPTOR_BYTES = COPY.size_bytes
-
-
-# -- lists ------------------------------------------------------------------------------------------------------------
-
-
-@device
-def _lock(driver: int, channel: int) -> None:
-    """The other thread holds it for no longer than a step."""
-    if load_i64(driver + DR_HAS_ENGINE) == 0:
-        return
-    while compare_and_swap(channel + CH_LOCK, 0, 1) != 0:
-        sched_yield()
-
-
-@device
-def _unlock(driver: int, channel: int) -> None:
-    if load_i64(driver + DR_HAS_ENGINE) != 0:
-        store_release(channel + CH_LOCK, 0)
-
-
-@device
-def prepare(
-    channel: int, op: int, buffer: int, n_bytes: int, event_id: int, lanes: int, engine: int, zero_copy: bool
-) -> None:
-    """Fill an operation."""
-    form, place = FORM_RING, 0
-    if zero_copy:
-        form, place = locate(channel, buffer, n_bytes)
-    store_i64(op + OP_STATE, STATE_UNDER_WAY)
-    store_i64(op + OP_BUFFER, buffer)
-    store_i64(op + OP_BYTES, n_bytes)
-    store_i64(op + OP_EVENT_ID, event_id)
-    store_i64(op + OP_LANES, lanes)
-    store_i64(op + OP_ENGINE, engine)
-    store_i64(op + OP_FORM, form)
-    store_i64(op + OP_PLACE, place)
-    store_i64(op + OP_FIRST, 0)
-    store_i64(op + OP_CHUNKS, 0)
-    store_i64(op + OP_DONE, 0)
-    store_i64(op + OP_PIECES, 0)
-    store_i64(op + OP_MOVED, 0)
-    store_i64(op + OP_TAKES, TAKES_LATER)
-    store_i64(op + OP_TARGET_FORM, FORM_RING)
-    store_i64(op + OP_CHANNEL, channel)
-    store_i64(op + OP_LINK, 0)
-
-
-@device
-def append(driver: int, channel: int, op: int) -> None:
-    """Put an operation at the end of its channel's list."""
-    _lock(driver, channel)
-    tail = load_i64(channel + CH_TAIL)
-    if tail == 0:
-        store_i64(channel + CH_HEAD, op)
-    else:
-        store_i64(tail + OP_LINK, op)
-    store_i64(channel + CH_TAIL, op)
-    _unlock(driver, channel)
-    if load_i64(op + OP_ENGINE) == ENGINE_DMA:
-        fetch_add(driver + DR_QUEUED, 1)
-        fetch_add(driver + DR_BELL, 1)  # also the full fence between the queue and the look at `idle`
-        if load_acquire(driver + DR_IDLE) != 0:
-            futex_wake(driver + DR_BELL, 1)
-        ring(load_i64(driver + DR_CONTROL))
-
-
-@device
-def _remove(driver: int, channel: int, previous: int, op: int) -> None:
-    """Take an operation that has ended out of its channel, and let the rank collect it."""
-    following = load_i64(op + OP_LINK)
-    if previous == 0:
-        store_i64(channel + CH_HEAD, following)
-    else:
-        store_i64(previous + OP_LINK, following)
-    if following == 0:
-        store_i64(channel + CH_TAIL, previous)
-    if load_i64(op + OP_ENGINE) == ENGINE_DMA:
-        fetch_add(driver + DR_QUEUED, -1)
-    while True:
-        ended = load_acquire(driver + DR_ENDED)
-        store_i64(op + OP_LINK, ended)
-        if compare_and_swap(driver + DR_ENDED, ended, op) == ended:
-            break
-    # SYNC POINT operation-ended: released after everything else; `wait_for` and `next_ended` acquire it.
-    store_release(op + OP_STATE, load_i64(op + OP_RESULT))
-
-
-@fastcall
-def next_ended(self, args, count):  # type: ignore[no-untyped-def]
-    """() -> address of an operation, now off the list of those that have ended, or 0. It is bound to the driver."""
-    driver = own_state(self)
-    while True:
-        op = load_acquire(driver + DR_ENDED)
-        if op == 0:
-            return new_int(0)
-        if compare_and_swap(driver + DR_ENDED, op, load_i64(op + OP_LINK)) == op:
-            # SYNC POINT operation-ended: it is on the list a moment before its state is set.
-            while load_acquire(op + OP_STATE) == STATE_UNDER_WAY:
-                cpu_pause()
-            return new_int(op)
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------
@@ -243,7 +108,7 @@ def _drive_sends(driver: int, channel: int, engine: int) -> bool:
         if load_i64(op + OP_ENGINE) == engine and not (is_waiting and written):
             status = step_send(channel, op)
             if status == ENDED:
-                _remove(driver, channel, previous, op)
+                remove(driver, channel, previous, op)
                 moved = True
                 op = following
                 continue
@@ -270,7 +135,7 @@ def _drive_first(driver: int, channel: int, engine: int) -> bool:
         if status != ENDED:
             return moved or status == MOVED
         moved = True
-        _remove(driver, channel, 0, op)
+        remove(driver, channel, 0, op)
         op = following
     return moved
 
@@ -292,7 +157,7 @@ def _drive_paged(driver: int, channel: int, engine: int) -> bool:
             else:
                 status = step_paged_receive(op)
         if status == ENDED:
-            _remove(driver, channel, previous, op)
+            remove(driver, channel, previous, op)
         else:
             previous = op
         if status != PENDING:
@@ -309,7 +174,7 @@ def drive(driver: int, channel: int, engine: int) -> bool:
     only = load_i64(channel + CH_ONLY)
     if only != 0 and only != engine + 1:
         return False  # without waiting for the other thread's step
-    _lock(driver, channel)
+    lock(driver, channel)
     kind = load_i64(channel + CH_KIND)
     if kind == KIND_SEND:
         moved = _drive_sends(driver, channel, engine)
@@ -317,14 +182,14 @@ def drive(driver: int, channel: int, engine: int) -> bool:
         moved = _drive_paged(driver, channel, engine)
     else:
         moved = _drive_first(driver, channel, engine)
-    _unlock(driver, channel)
+    unlock(driver, channel)
     if moved and load_i64(driver + DR_HAS_ENGINE) != 0:
         ring(load_i64(driver + DR_CONTROL))  # the other thread may wait for this
     return moved
 
 
 @device
-def _drive_all(driver: int, engine: int) -> bool:
+def drive_all(driver: int, engine: int) -> bool:
     moved = False
     channels = load_i64(driver + DR_CHANNELS)
     for i in range(load_i64(driver + DR_COUNT)):
@@ -392,7 +257,7 @@ def post_paged(driver: int, channel: int, op: int, transfer: int, request: int, 
 @kernel("int64(int64)")
 def progress(driver: int) -> int:
     """Drive all operations of the rank's own once, and wait for nothing; ABORTED if the session is over."""
-    _drive_all(driver, ENGINE_MTE)
+    drive_all(driver, ENGINE_MTE)
     return ABORTED if load_acquire(load_i64(driver + DR_CONTROL) + CTL_ABORT) != 0 else OK
 
 
@@ -403,7 +268,7 @@ def wait_for_ended(driver: int, op: int, done: int, until_ns: int) -> int:
     n = 0
     while True:
         seq = load_acquire(control + CTL_DOORBELL)
-        moved = _drive_all(driver, ENGINE_MTE)
+        moved = drive_all(driver, ENGINE_MTE)
         # SYNC POINT operation-ended: acquires what the operation has brought.
         if load_acquire(op + OP_STATE) != STATE_UNDER_WAY or load_i64(op + OP_DONE) >= done:
             settle(control, n)
@@ -432,7 +297,7 @@ def give_up(driver: int, op: int, until_ns: int) -> int:
     Returns SLICE if the other side is in the middle of a piece of it all the time: then the buffer must stay alive.
     """
     channel = load_i64(op + OP_CHANNEL)
-    _lock(driver, channel)
+    lock(driver, channel)
     status = OK
     previous = 0
     at = load_i64(channel + CH_HEAD)
@@ -446,51 +311,6 @@ def give_up(driver: int, op: int, until_ns: int) -> int:
         elif kind == KIND_RECEIVE:
             status = withdraw_receive(channel, op, until_ns)
         store_i64(op + OP_RESULT, STATE_WITHDRAWN)
-        _remove(driver, channel, previous, op)
-    _unlock(driver, channel)
+        remove(driver, channel, previous, op)
+    unlock(driver, channel)
     return status
-
-
-@kernel("int64(int64, int64)")
-def serve(driver: int, until_ns: int) -> int:
-    """The DMA engine: drive what was queued for it. OK when it is told to stop, SLICE at the time, or ABORTED."""
-    control = load_i64(driver + DR_CONTROL)
-    n = 0
-    while load_acquire(driver + DR_STOP) == 0:
-        if load_acquire(control + CTL_ABORT) != 0:
-            settle(control, n)
-            return ABORTED
-        if load_acquire(driver + DR_QUEUED) == 0:
-            settle(control, n)
-            n = 0
-            bell = load_acquire(driver + DR_BELL)
-            store_i64(driver + DR_IDLE, 1)
-            fence_seq_cst()
-            if load_acquire(driver + DR_QUEUED) == 0 and load_acquire(driver + DR_STOP) == 0:
-                futex_wait(driver + DR_BELL, bell & 0xFFFFFFFF, until_ns)
-            store_release(driver + DR_IDLE, 0)
-            if now_ns() >= until_ns:
-                return SLICE
-            continue
-        seq = load_acquire(control + CTL_DOORBELL)
-        if _drive_all(driver, ENGINE_DMA):
-            settle(control, n)
-            n = 0
-            if now_ns() >= until_ns:
-                return SLICE
-            continue
-        n = relax(control, n, seq, until_ns)
-        if n < 0:
-            return n
-    settle(control, n)
-    return OK
-
-
-@kernel("void(int64)")
-def stop(driver: int) -> None:
-    """Tell the DMA engine to end, whatever it waits for."""
-    store_release(driver + DR_STOP, 1)
-    fetch_add(driver + DR_BELL, 1)
-    futex_wake(driver + DR_BELL, 1)
-    fence_seq_cst()
-    ring(load_i64(driver + DR_CONTROL))
