@@ -15,7 +15,7 @@ from xccl.cli.deployment import Deployment
 from xccl.cli.options import BenchOptions, Case, add_work_options, bench_options, check_writable
 from xccl.cli.parsing import refuse_given
 from xccl.errors import UsageError
-from xccl.protocol.collectives import FLOWS
+from xccl.protocol.collective_cuts import FLOWS
 
 if TYPE_CHECKING:
     from xccl.cli.bench_ops import Benchmark
