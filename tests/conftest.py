@@ -21,6 +21,10 @@ SHM_DIR = Path("/dev/shm")
 #: Processes that have exited, threads that end, and names of sessions that are just starting may need a moment.
 GRACE_S = 3.0
 
+#: In the command of processes that outlive a test: Python's own, for start method spawn, which ends with pytest; and
+#: servers of a module's tests, which end with the module.
+LASTING = ("multiprocessing.resource_tracker", "serves all tests of its module")
+
 # An example launches ranks, and the first one may compile kernels: time says nothing about the code.
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 # In CI the same examples every time: a failure there is due to the change.
@@ -104,7 +108,7 @@ def _child_processes() -> list[str]:
             command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
         except OSError:
             continue  # reaped meanwhile
-        if "multiprocessing.resource_tracker" not in command:  # Python's own, for start method spawn; ends with pytest
+        if not any(known in command for known in LASTING):
             lines.append(f"process {pid} ({command or 'zombie'})")
     return lines
 

@@ -255,10 +255,12 @@ def say(*words): print(json.dumps(words), flush=True)
 class Script:
     """A Python script in a process group of its own, which is gone at the end of the `with` block."""
 
-    def __init__(self, code: str, *args: str, wrapper: tuple[str, ...] = (), **variables: str) -> None:
+    def __init__(
+        self, code: str, *args: str, wrapper: tuple[str, ...] = (), stdin: int = subprocess.DEVNULL, **variables: str
+    ) -> None:
         self.process = subprocess.Popen(
             [*wrapper, sys.executable, "-c", _PRELUDE + code, *args],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             start_new_session=True, cwd=ROOT, env=environment(**variables),
         )  # fmt: skip
         self.pid = self.process.pid
@@ -271,6 +273,12 @@ class Script:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.process.communicate(timeout=PATIENCE_S)
+
+    def tell(self, word: object) -> None:
+        """Send it a line, which it reads if its `stdin` is a pipe."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(word) + "\n")
+        self.process.stdin.flush()
 
     def hear(self) -> Any:
         """The next thing that the script says."""

@@ -1,12 +1,14 @@
 """A full /dev/shm is a CapacityError with numbers in it, at the rank concerned, and never SIGBUS.
 
-Scripts run with a /dev/shm of their own, of 8 MiB: a mount namespace is theirs alone, and needs root or user namespaces.
+Cases run in a process with a /dev/shm of its own, of 8 MiB: its mount namespace is its alone, and needs root or user
+namespaces. One process serves all cases, one after the other, since it has to load all kernels first.
 """
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -34,7 +36,7 @@ def small_shm() -> tuple[str, ...]:
     pytest.skip(f"run this as root, or where users may make namespaces, to mount a small /dev/shm: {said.strip()}")
 
 
-_CODE = """
+_SERVER = """
 def numbers(error):
     return [type(error).__name__, error.needed_bytes, error.available_bytes, str(error)]
 
@@ -54,14 +56,33 @@ def outcome(main, ranks, **options):
         "raised": raised, "seen": seen, "result": result, "left": sorted(segment_names()),
         "children": children(os.getpid()), "seconds": time.monotonic() - start,
     })
+
+for line in sys.stdin:  # serves all tests of its module
+    exec(json.loads(line), dict(globals()))
 """
+Run = Callable[[str], dict[str, Any]]
 
 
-def run(small_shm: tuple[str, ...], code: str) -> dict[str, Any]:
-    with Script(_CODE + code, wrapper=small_shm) as script:
-        status, said, err = script.finish()
-    assert (status, err) == (0, "")
-    (found,) = said[0]
+@pytest.fixture(scope="module")
+def server(small_shm: tuple[str, ...]) -> Iterator[Script]:
+    """It runs each line that it is sent; it dies of what a case does not catch, and that is found with the next word."""
+    with Script(_SERVER, wrapper=small_shm, stdin=subprocess.PIPE) as script:
+        yield script
+        assert script.process.stdin is not None
+        script.process.stdin.close()
+        script.process.stdin = None
+        assert script.finish() == (0, [], "")
+
+
+@pytest.fixture
+def run(server: Script) -> Run:
+    """Run a case; what it says, with nothing left behind."""
+    return lambda code: run_case(server, code)
+
+
+def run_case(server: Script, code: str) -> dict[str, Any]:
+    server.tell(code)
+    (found,) = server.hear()
     assert (found["left"], found["children"]) == ([], [])
     assert found["seconds"] < 3.0
     result: dict[str, Any] = found
@@ -78,10 +99,9 @@ def assert_says_how_much(numbers: list[Any], at_least: int) -> None:
     assert "/dev/shm is full" in text
 
 
-def test_empty_and_the_session_goes_on(small_shm: tuple[str, ...]) -> None:
+def test_empty_and_the_session_goes_on(run: Run) -> None:
     """No rank gets the array, not even one that had room for it, and all can go on."""
     found = run(
-        small_shm,
         """
 def main(comm):
     try:
@@ -111,10 +131,9 @@ outcome(main, 3)
         assert_says_how_much(numbers, 16 << 20)
 
 
-def test_memory_that_was_not_granted_is_given_back(small_shm: tuple[str, ...]) -> None:
+def test_memory_that_was_not_granted_is_given_back(run: Run) -> None:
     """A rank that had room, in a call that failed at another, does not keep what it took."""
     found = run(
-        small_shm,
         """
 def main(comm):
     for _ in range(20):
@@ -134,9 +153,8 @@ outcome(main, 4)
     assert (found["raised"], found["result"]) == (None, [True] * 4)
 
 
-def test_signals(small_shm: tuple[str, ...]) -> None:
+def test_signals(run: Run) -> None:
     found = run(
-        small_shm,
         """
 def main(comm):
     comm.signals(1 << 18)
@@ -146,9 +164,8 @@ outcome(main, 2)
     assert_says_how_much(found["raised"], 128 << 18)
 
 
-def test_expert_parallel(small_shm: tuple[str, ...]) -> None:
+def test_expert_parallel(run: Run) -> None:
     found = run(
-        small_shm,
         """
 def main(comm):
     xccl.ExpertParallel(comm, num_experts=1 << 19, hidden=8, top_k=1, max_tokens=1 << 18, dtype=np.float32)
@@ -159,10 +176,9 @@ outcome(main, 2)
 
 
 @pytest.mark.parametrize("operation", ["dispatch", "combine"])
-def test_dispatch_and_combine(small_shm: tuple[str, ...], operation: str) -> None:
+def test_dispatch_and_combine(run: Run, operation: str) -> None:
     """At rank 1 alone: it has more than fits. The others are in the call already, and end."""
     found = run(
-        small_shm,
         f"""
 operation = {operation!r}
 def main(comm):
@@ -194,10 +210,9 @@ outcome(main, 3)
         assert reason.startswith("raised CapacityError: ")
 
 
-def test_a_dispatch_that_does_not_fit_may_be_made_smaller(small_shm: tuple[str, ...]) -> None:
+def test_a_dispatch_that_does_not_fit_may_be_made_smaller(run: Run) -> None:
     """Nothing was sent when it failed, and the others still wait."""
     found = run(
-        small_shm,
         """
 def main(comm):
     ep = xccl.ExpertParallel(
@@ -219,10 +234,9 @@ outcome(main, 2)
 
 
 @pytest.mark.parametrize("whose", ["of a peer", "of its own"])
-def test_push_that_does_not_fit_may_be_made_smaller(small_shm: tuple[str, ...], whose: str) -> None:
+def test_push_that_does_not_fit_may_be_made_smaller(run: Run, whose: str) -> None:
     """The sender has no room in a peer's memory, or in its own for what is to return; it has sent nothing."""
     found = run(
-        small_shm,
         f"""
 of_its_own = {whose == "of its own"!r}
 def main(comm):
@@ -249,10 +263,9 @@ outcome(main, 2)
     assert_says_how_much(found["seen"]["1"], 280 * 7168 * 4 if whose == "of its own" else 1024 * 7168 * 4)
 
 
-def test_direct_rows_that_do_not_fit(small_shm: tuple[str, ...]) -> None:
+def test_direct_rows_that_do_not_fit(run: Run) -> None:
     """Ranks find out together when all have counted: none writes, and the object says that it cannot be used again."""
     found = run(
-        small_shm,
         """
 def main(comm):
     ep = xccl.ExpertParallel(
@@ -283,10 +296,9 @@ outcome(main, 2)
         assert_says_how_much(found["seen"][rank], 512 * 7168 * 4)
 
 
-def test_the_first_send_of_a_pair(small_shm: tuple[str, ...]) -> None:
+def test_the_first_send_of_a_pair(run: Run) -> None:
     """A ring is made then, and not before."""
     found = run(
-        small_shm,
         """
 def main(comm):
     try:
@@ -308,22 +320,21 @@ outcome(main, 3, ring_slots=64, slot_bytes=1 << 20)
     assert found["seen"]["1"] == found["seen"]["2"] == ["SessionAborted", 0]
 
 
-def test_start(small_shm: tuple[str, ...]) -> None:
+def test_start(run: Run) -> None:
     """Some ranks have their segments, for one there is no room."""
     found = run(
-        small_shm,
         """
 with open("/dev/shm/filler", "wb") as file:
     os.posix_fallocate(file.fileno(), 0, (8 << 20) - (20 << 10))
 outcome(lambda comm: comm.barrier(), 4)
+os.remove("/dev/shm/filler")
 """,
     )
     assert_says_how_much(found["raised"], 4096)
 
 
-def test_start_by_init(small_shm: tuple[str, ...]) -> None:
+def test_start_by_init(run: Run) -> None:
     found = run(
-        small_shm,
         """
 with open("/dev/shm/filler", "wb") as file:
     os.posix_fallocate(file.fileno(), 0, 8 << 20)
@@ -332,6 +343,7 @@ try:
     xccl.init(0, 2, "nobody", join_timeout_s=5.0)
 except xccl.CapacityError as error:
     raised = numbers(error)
+os.remove("/dev/shm/filler")
 say({"raised": raised, "left": sorted(segment_names()), "children": [], "seconds": time.monotonic() - start})
 """,
     )

@@ -13,7 +13,7 @@ from tests.multirank.support import Array, assert_same, launch
 from xccl import reference
 from xccl.layout.collectives import OPERATORS
 from xccl.layout.dtypes import DTYPE_OF
-from xccl.protocol.collectives import FLOWS, TWO_STEP, Kind
+from xccl.protocol.collective_cuts import FLOWS, TWO_STEP, Kind
 
 DTYPES = list(DTYPE_OF.values())
 #: A staging area of 4 KiB a half.

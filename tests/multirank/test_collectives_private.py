@@ -16,7 +16,7 @@ from xccl import reference
 from xccl.fabric.shm import ShmFabric
 from xccl.layout.collectives import CS_PROCESSES
 from xccl.layout.ring import REACH_DIRECT, REACH_KERNEL, REACH_NONE
-from xccl.protocol.collectives import FLOWS, TWO_STEP
+from xccl.protocol.collective_cuts import FLOWS, TWO_STEP
 
 FP32 = np.dtype(np.float32)
 #: Above all thresholds, and not a multiple of anything.

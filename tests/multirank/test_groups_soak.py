@@ -17,7 +17,7 @@ import xccl
 from tests.multirank.support import Round, Shape, assert_same, launch
 from xccl import reference
 from xccl.layout.collectives import OPERATORS
-from xccl.protocol.collectives import FLOWS, TWO_STEP, Kind
+from xccl.protocol.collective_cuts import FLOWS, TWO_STEP, Kind
 
 RANKS = 12
 GROUPS = 16

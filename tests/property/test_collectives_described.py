@@ -13,7 +13,7 @@ from tests.multirank.support import launch
 from tests.property.test_traced_is_described import entries_of
 from tests.unit.described import check
 from xccl.protocol import collectives
-from xccl.protocol.collectives import FLOWS, TWO_STEP, Kind
+from xccl.protocol.collective_cuts import FLOWS, TWO_STEP, Kind
 from xccl.trace.record import Recorder
 
 #: So that a few KiB take several steps.

@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 import xccl
 from tests.multirank.support import Array, assert_same, launch
+from tests.property.test_traced_is_described import CASES, sessions
 from xccl import reference
 from xccl.comm.reference import PagedCopy
 from xccl.protocol import kv as protocol
@@ -45,9 +46,9 @@ class Case(NamedTuple):
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, ranks: int) -> Case:
     """Ragged and empty lists in any order; a page is read by many requests or written by one."""
-    ranks, layers, pages = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 12))
+    layers, pages = draw(st.integers(1, 4)), draw(st.integers(1, 12))
     free = [draw(st.permutations(range(pages))) for _ in range(ranks)]
     sources = [order[: draw(st.integers(0, pages))] for order in free]
     targets = [order[len(source) :] for order, source in zip(free, sources, strict=True)]
@@ -96,18 +97,29 @@ def run_rank(comm: xccl.Communicator, case: Case, pool: xccl.SymmetricArray) -> 
     return recorder
 
 
-@settings(max_examples=80)
-@given(case=cases())
-def test_transfers_move_what_the_oracle_moves_and_trace_what_is_described(fabric: str, case: Case) -> None:
-    pools = [filled(case, rank) for rank in range(case.ranks)]
+@settings(max_examples=80 // CASES)
+@given(session=sessions(4, cases))
+def test_transfers_move_what_the_oracle_moves_and_trace_what_is_described(
+    fabric: str, session: tuple[int, list[Case]]
+) -> None:
+    ranks, all_cases = session
 
-    def main(comm: xccl.Communicator) -> tuple[Array, Recorder]:
+    def run(comm: xccl.Communicator, case: Case) -> tuple[Array, Recorder]:
         pool = comm.empty((case.layers, case.pages, case.page_bytes), np.uint8)
-        pool.local[...] = pools[comm.rank]
+        pool.local[...] = filled(case, comm.rank)
         recorder = run_rank(comm, case, pool)
-        return pool.local.copy(), recorder
+        moved = pool.local.copy()
+        pool.free()
+        return moved, recorder
 
-    results = launch(main, case.ranks, fabric)
+    found = launch(lambda comm: [run(comm, case) for case in all_cases], ranks, fabric)
+    for number, case in enumerate(all_cases):
+        check(case, [results[number] for results in found])
+
+
+def check(case: Case, results: list[tuple[Array, Recorder]]) -> None:
+    """Pools and traces of all ranks."""
+    pools = [filled(case, rank) for rank in range(case.ranks)]
     for rank, want in enumerate(reference.kv_transfer(pools, case.copies)):
         assert_same(results[rank][0], want, f"pool of rank {rank}")
     for rank, (_, recorder) in enumerate(results):

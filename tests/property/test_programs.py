@@ -145,11 +145,16 @@ def steps(ranks: int) -> st.SearchStrategy[Step]:
     )  # fmt: skip
 
 
+#: Programs of one session: to start ranks takes longer than what they do then.
+PROGRAMS = 4
+
+
 @st.composite
-def programs(draw: st.DrawFn) -> tuple[int, list[list[Step]]]:
-    """Number of ranks, and phases of steps."""
+def sessions(draw: st.DrawFn) -> tuple[int, list[list[list[Step]]]]:
+    """Number of ranks, and programs, which are phases of steps."""
     ranks = draw(st.integers(2, 4))
-    return ranks, draw(st.lists(st.lists(steps(ranks), max_size=14), min_size=1, max_size=5))
+    program = st.lists(st.lists(steps(ranks), max_size=14), min_size=1, max_size=5)
+    return ranks, draw(st.lists(program, min_size=PROGRAMS, max_size=PROGRAMS))
 
 
 class Player:
@@ -223,7 +228,7 @@ class Player:
             else:
                 yield self.comm.irecv(out, src=step.by, event_id=event, lanes=step.lanes), message, what
 
-    def check(self, model: Model, number: int, snapshot: tuple[np.ndarray, np.ndarray, int]) -> None:
+    def check(self, number: int, snapshot: tuple[np.ndarray, np.ndarray, int]) -> None:
         """Compare all that this rank has with the model's state after the phase."""
         array, set_words, added = snapshot
         assert_same(self.arrays[number % 2].local, array, f"array after phase {number}")
@@ -232,28 +237,43 @@ class Player:
         assert self.signals.read(size) == added, f"sum after phase {number}"
 
 
+@dataclass(frozen=True)
+class Expected:
+    """A program, and by phase what its steps read, and what each rank has at the end."""
+
+    phases: list[list[Step]]
+    read: list[list[np.ndarray | None]]
+    snapshots: list[list[tuple[np.ndarray, np.ndarray, int]]]
+
+    @classmethod
+    def of(cls, ranks: int, phases: list[list[Step]]) -> Expected:
+        """Run the model."""
+        model = Model(ranks)
+        read, snapshots = [], []
+        for number, phase in enumerate(phases):
+            read.append(model.run(phase, number))
+            arrays = model.arrays[number % 2]
+            snapshots.append([(arrays[r].copy(), model.set_words[r].copy(), int(model.added[r])) for r in range(ranks)])
+        return cls(phases, read, snapshots)
+
+
 @given(
-    program=programs(),
+    session=sessions(),
     ring=st.sampled_from([{}, {"ring_slots": 2, "slot_bytes": 64}, {"ring_slots": 1, "slot_bytes": 512}]),
 )
-@settings(max_examples=120)
+@settings(max_examples=120 // PROGRAMS)
 @pytest.mark.timeout(110)
-def test_any_program(fabric: str, program: tuple[int, list[list[Step]]], ring: dict[str, int]) -> None:
-    ranks, phases = program
-    model = Model(ranks)
-    read, snapshots = [], []
-    for number, phase in enumerate(phases):
-        read.append(model.run(phase, number))
-        snapshots.append(
-            [(model.arrays[number % 2][r].copy(), model.set_words[r].copy(), int(model.added[r])) for r in range(ranks)]
-        )
+def test_any_program(fabric: str, session: tuple[int, list[list[list[Step]]]], ring: dict[str, int]) -> None:
+    ranks, programs = session
+    all_expected = [Expected.of(ranks, phases) for phases in programs]
 
     def main(comm: xccl.Communicator) -> None:
-        player = Player(comm)
-        for number, phase in enumerate(phases):
-            player.play(phase, number, read[number])
-            comm.barrier()
-            player.check(model, number, snapshots[number][comm.rank])
-            comm.barrier()
+        for expected in all_expected:
+            player = Player(comm)
+            for number, phase in enumerate(expected.phases):
+                player.play(phase, number, expected.read[number])
+                comm.barrier()
+                player.check(number, expected.snapshots[number][comm.rank])
+                comm.barrier()
 
     launch(main, ranks, fabric, **ring)

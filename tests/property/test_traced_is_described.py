@@ -7,8 +7,9 @@ of all ranks; traces come from what each rank's operations left behind.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pytest
@@ -21,6 +22,11 @@ from xccl.protocol import moe, moe_direct, moe_push, onesided, p2p
 from xccl.protocol.counts import RoutingCounts
 from xccl.protocol.stage import Description, Entry
 from xccl.trace.record import Operation, Recorder
+
+Case = TypeVar("Case")
+
+#: Cases of one session: to start ranks takes longer than what they do then.
+CASES = 4
 
 SLOTS = {"ring_slots": 8, "slot_bytes": 1024}
 ARRAY_BYTES = 1 << 16
@@ -78,24 +84,28 @@ class OneSided(NamedTuple):
             comm.signal(signals, 0, 1, self.peer, op=self.op)
 
 
-@st.composite
-def messages(draw: st.DrawFn) -> tuple[int, list[Message]]:
+def messages(ranks: int) -> st.SearchStrategy[list[Message]]:
     """Any messages between any ranks, to oneself too."""
-    ranks = draw(st.integers(1, 5))
     rank = st.integers(0, ranks - 1)
     lanes = st.one_of(st.integers(1, 4), st.integers(1, MAX_LANES))
     mode, engine = st.sampled_from(["auto", "ring", "zero_copy"]), st.sampled_from(["mte", "mte", "dma"])
-    return ranks, draw(st.lists(st.builds(Message, rank, rank, sizes, lanes, mode, engine), max_size=8))
+    return st.lists(st.builds(Message, rank, rank, sizes, lanes, mode, engine), max_size=8)
 
 
-@st.composite
-def calls(draw: st.DrawFn) -> tuple[int, list[OneSided]]:
+def calls(ranks: int) -> st.SearchStrategy[list[OneSided]]:
     """Any one-sided calls."""
-    ranks = draw(st.integers(1, 5))
     rank = st.integers(0, ranks - 1)
     kinds = st.sampled_from(["put", "iput", "get", "put_signal", "signal"])
-    call = st.builds(OneSided, kinds, rank, rank, sizes, st.sampled_from(["set", "add"]))
-    return ranks, draw(st.lists(call, max_size=12))
+    return st.lists(st.builds(OneSided, kinds, rank, rank, sizes, st.sampled_from(["set", "add"])), max_size=12)
+
+
+def sessions(
+    most_ranks: int, cases: Callable[[int], st.SearchStrategy[Case]]
+) -> st.SearchStrategy[tuple[int, list[Case]]]:
+    """Ranks, and cases for so many ranks, which they do one after the other."""
+    return st.integers(1, most_ranks).flatmap(
+        lambda ranks: st.tuples(st.just(ranks), st.lists(cases(ranks), min_size=CASES, max_size=CASES))
+    )
 
 
 def entries_of(recorder: Recorder) -> list[tuple[str, list[Entry]]]:
@@ -112,13 +122,23 @@ def entries_of(recorder: Recorder) -> list[tuple[str, list[Entry]]]:
     return [(operation.name, operation.entries) for operation in recorder.operations]
 
 
-@settings(max_examples=60)
-@given(case=calls())
-def test_one_sided(fabric: str, case: tuple[int, list[OneSided]]) -> None:
-    """put, get, put_signal, signal, wait_until."""
-    ranks, program = case
+def each_recorded(
+    run: Callable[[xccl.Communicator, Case], Recorder], fabric: str, ranks: int, cases: list[Case], **options: Any
+) -> Iterator[tuple[int, Case, Recorder]]:
+    """Run the cases in one session: rank, case and what the rank has recorded of it, for all of both."""
+    found = launch(lambda comm: [run(comm, case) for case in cases], ranks, fabric, **options)
+    for number, case in enumerate(cases):
+        for rank in range(ranks):
+            yield rank, case, found[rank][number]
 
-    def main(comm: xccl.Communicator) -> Recorder:
+
+@settings(max_examples=60 // CASES)
+@given(session=sessions(5, calls))
+def test_one_sided(fabric: str, session: tuple[int, list[list[OneSided]]]) -> None:
+    """put, get, put_signal, signal, wait_until."""
+    ranks, programs = session
+
+    def run(comm: xccl.Communicator, program: list[OneSided]) -> Recorder:
         array, signals = comm.empty(ARRAY_BYTES, np.uint8), comm.signals(1)
         with comm.trace() as recorder:
             for call in program:
@@ -129,7 +149,7 @@ def test_one_sided(fabric: str, case: tuple[int, list[OneSided]]) -> None:
         comm.barrier()
         return recorder
 
-    for rank, recorder in enumerate(launch(main, ranks, fabric)):
+    for rank, program, recorder in each_recorded(run, fabric, ranks, programs):
         expected = [
             (call.call.removeprefix("i"), call.described(ranks).entries(rank)) for call in program if call.rank == rank
         ]
@@ -158,13 +178,13 @@ def test_barrier(fabric: str, ranks: int, barriers: int) -> None:
         assert found == [described.entries(rank) for rank in range(ranks)]
 
 
-@settings(max_examples=60)
-@given(case=messages())
-def test_send_and_receive(fabric: str, case: tuple[int, list[Message]]) -> None:
+@settings(max_examples=60 // CASES)
+@given(session=sessions(5, messages))
+def test_send_and_receive(fabric: str, session: tuple[int, list[list[Message]]]) -> None:
     """All messages under way at once, in rings of a few slots; one to oneself is two operations of one rank."""
-    ranks, program = case
+    ranks, programs = session
 
-    def main(comm: xccl.Communicator) -> Recorder:
+    def run(comm: xccl.Communicator, program: list[Message]) -> Recorder:
         with comm.trace() as recorder:
             requests = []
             for number, (source, destination, n_bytes, lanes, mode, engine) in enumerate(program):
@@ -177,22 +197,20 @@ def test_send_and_receive(fabric: str, case: tuple[int, list[Message]]) -> None:
                 request.wait()
         return recorder
 
-    recorders = launch(main, ranks, fabric, **SLOTS)
-    pushed = defaultdict(
-        int,
-        {
-            operation.number: pieces_pushed(operation)
-            for r in recorders
-            for operation in r.operations
-            if operation.name == "send"
-        },
-    )
-    for rank, recorder in enumerate(recorders):
+    recorded = list(each_recorded(run, fabric, ranks, programs, **SLOTS))
+    pushed: defaultdict[tuple[int, int | None], int] = defaultdict(int)
+    for i, (_, _, recorder) in enumerate(recorded):
+        for operation in recorder.operations:
+            if operation.name == "send":
+                pushed[i // ranks, operation.number] = pieces_pushed(operation)
+    for i, (rank, program, recorder) in enumerate(recorded):
         found: defaultdict[int | None, list[Entry]] = defaultdict(list)
         for operation in recorder.operations:
             found[operation.number] += operation.entries
         entries_of(recorder)
-        expected = {n: message.described(ranks, pushed[n]).entries(rank) for n, message in enumerate(program)}
+        expected = {
+            n: message.described(ranks, pushed[i // ranks, n]).entries(rank) for n, message in enumerate(program)
+        }
         assert {n: sorted(entries) for n, entries in found.items()} == {n: e for n, e in expected.items() if e}
 
 
@@ -243,9 +261,8 @@ class MoeCase:
 
 
 @st.composite
-def moe_cases(draw: st.DrawFn) -> MoeCase:
+def moe_cases(draw: st.DrawFn, ranks: int) -> MoeCase:
     """Any shape, protocol, rows and calls."""
-    ranks = draw(st.integers(1, 6))
     shape = Shape(
         num_experts=draw(st.integers(1, 4 * ranks)),
         hidden=draw(st.integers(1, 70)),
@@ -292,29 +309,39 @@ def described_calls(case: MoeCase, rounds: list[Round]) -> list[tuple[str, Descr
     return found
 
 
-@settings(max_examples=100)
+@settings(max_examples=100 // CASES)
 @example(
-    case=MoeCase(Shape(num_experts=3, quant="int8"), [[0, 0, 0], [5, 0, 16]], 0, False, ["dispatch", "combine"] * 2)
+    session=(
+        3,
+        [
+            MoeCase(Shape(num_experts=3, quant="int8"), [[0, 0, 0], [5, 0, 16]], 0, False, ["dispatch", "combine"] * 2),
+            MoeCase(Shape(num_experts=3), [[0, 0, 0], [5, 0, 16]], 0, False, ["dispatch", "lent"] * 2),
+            MoeCase(
+                Shape(num_experts=5, protocol="direct", rows="dedup"), [[7, 0, 3]], 1, True, ["dispatch", "repeat"]
+            ),
+            MoeCase(Shape(num_experts=2, protocol="push"), [[7, 0, 3]], 1, True, ["dispatch"] * 2 + ["combine"] * 2),
+        ],
+    )
 )
-@example(case=MoeCase(Shape(num_experts=3), [[0, 0, 0], [5, 0, 16]], 0, False, ["dispatch", "lent"] * 2))
-@example(case=MoeCase(Shape(num_experts=1, dtype=BF16), [[7]], 1, True, ["dispatch", "combine"]))
-@example(
-    case=MoeCase(Shape(num_experts=5, protocol="direct", rows="dedup"), [[7, 0, 3]], 1, True, ["dispatch", "repeat"])
-)
-@example(case=MoeCase(Shape(num_experts=2, protocol="push"), [[7, 0, 3]], 1, True, ["dispatch"] * 2 + ["combine"] * 2))
-@given(case=moe_cases())
-def test_dispatch_and_combine(fabric: str, case: MoeCase) -> None:
+@example(session=(1, [MoeCase(Shape(num_experts=1, dtype=BF16), [[7]], 1, True, ["dispatch", "combine"])]))
+@given(session=sessions(6, moe_cases))
+def test_dispatch_and_combine(fabric: str, session: tuple[int, list[MoeCase]]) -> None:
     """Ragged tokens, slots and tokens without expert, experts without tokens, an expert named twice, any order."""
-    ranks = len(case.tokens[0])
-    rounds = [case.shape.round(case.seed + i, each, no_expert=0.3, hot=case.hot) for i, each in enumerate(case.tokens)]
+    ranks, cases = session
+    rounds = {
+        id(case): [
+            case.shape.round(case.seed + i, each, no_expert=0.3, hot=case.hot) for i, each in enumerate(case.tokens)
+        ]
+        for case in cases
+    }
 
-    def main(comm: xccl.Communicator) -> Recorder:
+    def run(comm: xccl.Communicator, case: MoeCase) -> Recorder:
         ep = case.shape.expert_parallel(comm)
         number = -1
         with comm.trace() as recorder:
             for call in case.calls:
                 number += call == "dispatch"
-                each = rounds[number % len(rounds)]
+                each = rounds[id(case)][number % len(case.tokens)]
                 if call == "dispatch":
                     d = each.dispatch(comm.rank, ep)
                 elif call == "repeat":
@@ -322,10 +349,11 @@ def test_dispatch_and_combine(fabric: str, case: MoeCase) -> None:
                     each.check_dispatched(comm.rank, d)
                 else:
                     each.combine(comm.rank, ep, d, lent=call == "lent")
+        ep.free()
         return recorder
 
-    expected = described_calls(case, rounds)
-    for rank, recorder in enumerate(launch(main, ranks, fabric)):
+    for rank, case, recorder in each_recorded(run, fabric, ranks, cases):
+        expected = described_calls(case, rounds[id(case)])
         assert entries_of(recorder) == [(name, described.entries(rank)) for name, described in expected]
         for operation, (_, described) in zip(recorder.operations, expected, strict=True):
             assert [stage.name for stage in operation.stages] == [stage.name for stage in described.stages]

@@ -6,11 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from tests.multirank.support import BF16, FLOATS, Array
+from xccl import reference
 from xccl.kernels._jit import device, named
 
 #: Compiles a kernel as a process does that has compiled so many functions before; the numbers of its row functions.
@@ -52,14 +56,20 @@ def run(cache: Path, code: str, *arguments: object) -> Any:
 
 def test_kernels_that_two_processes_have_cached_do_not_mix(tmp_path: Path) -> None:
     """Each process numbers what it compiles: here a number stands for bf16 in one, and for fp16 in the other."""
-    both, apart = tmp_path / "both", tmp_path / "apart"
-    right = run(apart, _QUANTISE)
-    here = run(both, _COMPILE, "quantise", 1000)
-    there = run(tmp_path / "probe", _COMPILE, "write", 1000)
+    both = tmp_path / "both"
+    with ThreadPoolExecutor() as pool:
+        here, there = pool.map(run, (both, tmp_path / "probe"), [_COMPILE] * 2, ("quantise", "write"), [1000] * 2)
     assert len(here) == len(there) == 3
     again = run(both, _COMPILE, "write", 1000 + here[0] - there[1])
     assert again[1] == here[0]
-    assert run(both, _QUANTISE) == right
+    assert run(both, _QUANTISE) == [[float(scale), q.tolist()] for q, scale in map(quantised_row, FLOATS)]
+
+
+def quantised_row(dtype: np.dtype[Any]) -> tuple[Array, Any]:
+    """What the oracle says of the row that `_QUANTISE` makes."""
+    bits = np.arange(1, 41).astype(np.uint16).view(dtype) if dtype == BF16 else np.arange(1, 41).astype(dtype)
+    q, scales = reference.quantise(bits.reshape(1, 40))
+    return q[0], scales[0]
 
 
 def test_two_device_functions_of_one_name_are_refused() -> None:

@@ -13,7 +13,7 @@ from xccl.cli.bench_data import CHECKED, TIMED, Array, clear, count_wrong, dtype
 from xccl.cli.bench_part import Operation, Part
 from xccl.cli.options import BenchOptions, Case
 from xccl.comm import reference
-from xccl.protocol.collectives import FLOWS, Kind, part_elements
+from xccl.protocol.collective_cuts import FLOWS, Kind, part_elements
 
 if TYPE_CHECKING:
     from xccl.comm.communicator import Communicator

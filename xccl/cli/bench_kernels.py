@@ -15,11 +15,11 @@ _KV: Final = frozenset({"kv"})
 _POINT_TO_POINT: Final = frozenset({"calls", "transfer_calls", "driver", "operations", "zerocopy"})
 #: Of each protocol of dispatch and combine.
 _PROTOCOLS: Final = {
-    "pull": frozenset({"moe_pull"}),
+    "pull": frozenset({"moe_pull", "moe_pull_combine"}),
     "push": frozenset({"moe_push", "moe_push_combine"}),
-    "direct": frozenset({"moe_direct", "expert_calls"}),
+    "direct": frozenset({"moe_direct", "moe_direct_combine", "expert_calls"}),
 }
-_EXPERTS: Final = frozenset({"moe", "quantise", "reduce", "rows"}).union(*_PROTOCOLS.values())
+_EXPERTS: Final = frozenset({"moe_routing", "moe_sums", "quantise", "reduce", "rows"}).union(*_PROTOCOLS.values())
 
 _EXPERT_PARALLEL: Final = ("dispatch", "combine", "moe")
 _DISAGGREGATED: Final = ("a2e", "e2a")

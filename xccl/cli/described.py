@@ -14,7 +14,7 @@ from xccl.layout.dtypes import CODE_BY_NAME, DTYPE_OF
 from xccl.layout.ring import REACH_NONE
 from xccl.model.project import describe_collective, whole_experts
 from xccl.protocol import a2e, kv, moe, moe_direct, moe_push, onesided, p2p
-from xccl.protocol.collectives import FLOWS, Kind
+from xccl.protocol.collective_cuts import FLOWS, Kind
 from xccl.protocol.counts import RoutingCounts
 from xccl.protocol.routing import make_routing
 from xccl.protocol.stage import Description

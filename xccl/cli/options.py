@@ -18,7 +18,7 @@ from xccl.cli.deployment import (
 from xccl.cli.parsing import parse_bytes, parse_int_list, parse_seconds, whole_number
 from xccl.errors import UsageError
 from xccl.layout.collectives import OPERATORS
-from xccl.protocol.collectives import ALGORITHMS, FLOWS
+from xccl.protocol.collective_cuts import ALGORITHMS, FLOWS
 from xccl.runtime.launch import MAX_RANKS
 
 _LARGE_BYTES: Final = 64 * 1024

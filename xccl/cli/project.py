@@ -17,7 +17,7 @@ from xccl.cli.parsing import int_list, parse_bytes, refuse_given, whole_number
 from xccl.errors import ModelError, UsageError
 from xccl.layout.ring import MAX_LANES
 from xccl.model.skew import DISTRIBUTIONS
-from xccl.protocol.collectives import FLOWS
+from xccl.protocol.collective_cuts import FLOWS
 
 if TYPE_CHECKING:
     from xccl.model.machine import Machine

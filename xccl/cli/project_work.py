@@ -22,7 +22,7 @@ from xccl.protocol.a2e import default_trampolines
 
 if TYPE_CHECKING:
     from xccl.model.machine import Machine
-    from xccl.protocol.collectives import Kind
+    from xccl.protocol.collective_cuts import Kind
     from xccl.protocol.counts import RoutingCounts
     from xccl.protocol.stage import Description, Engine
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EventMismatch, UsageError
-from ..kernels import a2e as kernels, fields as field_kernels, moe as moe_kernels
+from ..kernels import a2e as kernels, fields as field_kernels, moe_routing
 from ..layout import moe as moe_layout
 from ..layout.moe import EXF_COUNT, EXF_EVENT, EXF_PULLED, STATE
 from . import traced_a2e
@@ -137,7 +137,7 @@ class AttentionDie:
         routing = Routing(
             tokens, shape.slots, shape.num_experts, shape.local_experts, 0, destinations=len(shape.experts)
         )
-        rows = int(moe_kernels.route.call(self._address, routing.address, chosen.ctypes.data))
+        rows = int(moe_routing.route.call(self._address, routing.address, chosen.ctypes.data))
         if rows < 0:
             raise bad_choice(chosen, -1 - rows, shape.routed)
         return routing, rows

@@ -34,7 +34,6 @@ rank's arguments an error everywhere.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,17 +43,16 @@ from ..errors import CapacityError, UsageError
 from ..kernels import collectives as kernels
 from ..kernels.collective_calls import FILLED
 from ..kernels.wait import OK
-from ..layout.collectives import TB_CAME, TB_EXPECTED, TB_ROWS
-from ..protocol.collectives import FLOWS, Kind
+from ..layout.collectives import TB_CAME, TB_EXPECTED
+from ..protocol.collective_cuts import Kind
 from . import traced_collectives as traced
-from .buffers import address_of, readable, require_int, writable
+from .collective_input import checked, checked_rows, make_out, wrong_rows
 from .core import require_timeout
 
 if TYPE_CHECKING:
     from .core import Core
     from .exchange import Exchange
     from .known import DirectCalls
-    from .plans import Plan
 
 Array = npt.NDArray[Any]
 
@@ -230,7 +228,7 @@ class Collectives:
         exchange = self._exchange
         result: Array = out
         if status == kernels.UNFIT and out is None and type(x) is np.ndarray:
-            result = _make_out(kind, x, self.size)
+            result = make_out(kind, x, self.size)
             status = getattr(exchange.known.direct, kind)(x, result, op, root, algorithm, timeout_s)
         if status == kernels.UNFIT:
             return self._collect_carefully(kind, x, out, op, root, algorithm, timeout_s)
@@ -245,7 +243,7 @@ class Collectives:
         exchange = self._exchange
         self.core.require_open()
         try:
-            given, made, plan = self._checked(kind, x, out, op, root, algorithm)
+            given, made, plan = checked(exchange, self.rank, self.size, kind, x, out, op, root, algorithm)
             if timeout_s is not None:
                 timeout_s = require_timeout(timeout_s)
         except (UsageError, CapacityError) as error:
@@ -294,7 +292,7 @@ class Collectives:
         exchange = self._exchange
         self.core.require_open()
         try:
-            x, plan, row_bytes = self._checked_rows(x, send_counts, recv_counts, out)
+            x, plan, row_bytes = checked_rows(exchange, self.size, x, send_counts, recv_counts, out)
             if timeout_s is not None:
                 timeout_s = require_timeout(timeout_s)
         except (UsageError, CapacityError) as error:
@@ -317,126 +315,7 @@ class Collectives:
             status = exchange.run(exchange.under_way(), x, out, timeout_s)
         came = exchange.table[TB_CAME].copy()
         if status == kernels.WRONG_ROWS:
-            raise self._wrong_rows(came, exchange.table[TB_EXPECTED], out)
+            raise wrong_rows(self.rank, came, exchange.table[TB_EXPECTED], out)
         assert out is not None
         rows = exchange.rows_that_came()
         return out if len(out) == rows else out[:rows], came
-
-    def _wrong_rows(self, came: Array, expected: Array, out: Array | None) -> UsageError:
-        """Why the rows that came could not be taken."""
-        wrong = np.flatnonzero((expected >= 0) & (came != expected))
-        if wrong.size:
-            peer = int(wrong[0])
-            return UsageError(
-                f"alltoallv: rank {peer} sends {came[peer]} rows to rank {self.rank}, which expects {expected[peer]}",
-                peer=peer, value=int(came[peer]), bound=int(expected[peer]),
-            )  # fmt: skip
-        rows, room = int(came.sum()), 0 if out is None else len(out)
-        return UsageError(f"alltoallv: out has room for {room} rows, {rows} come", value=room, bound=rows)
-
-    def _checked_rows(self, x: Any, send_counts: Any, recv_counts: Any, out: Any) -> tuple[Array, Plan, int]:
-        """Input, plan and size of a row of alltoallv, after all checks; the table holds the numbers of rows."""
-        x = readable(x, "x")
-        if x.ndim == 0:
-            raise UsageError("alltoallv: x must have shape [rows, ...], got a single number", value=())
-        row_bytes = x.dtype.itemsize * math.prod(x.shape[1:])
-        if row_bytes == 0:
-            raise UsageError(f"alltoallv: x has rows of no bytes, shape {x.shape}", value=x.shape)
-        if out is not None:
-            out = writable(out, "out")
-            if out.dtype != x.dtype or out.ndim != x.ndim or out.shape[1:] != x.shape[1:]:
-                raise UsageError(
-                    f"alltoallv: out must have rows like x, {x.shape[1:]} of {x.dtype}, got {out.shape} of {out.dtype}",
-                    value=(out.shape, str(out.dtype)), bound=x.shape[1:],
-                )  # fmt: skip
-            if _overlap(x, out):
-                x = x.copy()
-        plan = self._exchange.plan_rows(x.dtype, row_bytes)
-        table = self._exchange.table
-        counts = table[TB_ROWS]
-        counts[:] = _counts(send_counts, "send_counts", self.size)
-        table[TB_EXPECTED] = -1 if recv_counts is None else _counts(recv_counts, "recv_counts", self.size)
-        if counts.min() < 0 or counts.sum() != len(x):
-            raise UsageError(
-                f"alltoallv: send_counts are {counts.tolist()} and sum to {counts.sum()}, x has {len(x)} rows",
-                value=int(counts.sum()), bound=len(x),
-            )  # fmt: skip
-        return x, plan, row_bytes
-
-    def _checked(
-        self, kind: Kind, x: Any, out: Any, op: str | None, root: int | None, algorithm: str
-    ) -> tuple[Array | None, Any, Plan]:
-        """Input, output and plan of a call, after all checks."""
-        flow, size = FLOWS[kind], self.size
-        if flow.rooted:
-            root = require_int(root, "root", 0, size - 1)
-        gives, takes = not flow.from_root or root == self.rank, not flow.to_root or root == self.rank
-        if kind == "broadcast":
-            x = readable(x, "x") if gives else writable(x, "x")
-            return x, x, self._exchange.plan(kind, x.nbytes, x.dtype, op, root, algorithm)
-        shape: tuple[int, ...] = ()
-        if gives:
-            x = readable(x, "x")
-            shape, n_bytes, dtype = x.shape, x.nbytes, x.dtype
-            if flow.parts:
-                if not shape or shape[0] != size:
-                    raise UsageError(
-                        f"{kind}: x must have shape [{size}, ...], a part for each rank, got {shape}",
-                        value=shape, bound=size,
-                    )  # fmt: skip
-                shape = shape[1:]
-                n_bytes //= size
-        else:
-            if x is not None:
-                raise UsageError(f"{kind}: only the root (rank {root}) gives x; it must be None elsewhere", value=root)
-            if out is None:
-                raise UsageError(f"{kind}: all ranks but the root (rank {root}) must pass out", value=None)
-            out = writable(out, "out")
-            n_bytes, dtype = out.nbytes, out.dtype
-        plan = self._exchange.plan(kind, n_bytes, dtype, op, root, algorithm)
-        if not takes:
-            return x, None, plan
-        if out is None:
-            return x, np.empty((*plan.leads, *shape), dtype), plan
-        out = writable(out, "out")
-        needed_bytes = n_bytes * size if flow.keeps else n_bytes
-        if out.dtype != dtype or out.nbytes != needed_bytes:
-            raise UsageError(
-                f"{kind}: out must hold {needed_bytes // max(dtype.itemsize, 1)} elements of {dtype}, got shape "
-                f"{out.shape} of {out.dtype}",
-                value=(out.shape, str(out.dtype)), bound=needed_bytes,
-            )  # fmt: skip
-        if x is not None and _overlap(x, out):
-            own = address_of(out) + (self.rank * n_bytes if flow.keeps and not flow.parts else 0)
-            # The output would overwrite what is still to be read.
-            if address_of(x) != own or kind not in ("allgather", "allreduce", "gather"):
-                x = x.copy()
-        return x, out, plan
-
-
-def _make_out(kind: Kind, x: Array, size: int) -> Array:
-    """A new array for the output of a call with that input."""
-    flow = FLOWS[kind]
-    part = x.shape[1:] if flow.parts else x.shape
-    return np.empty((size, *part) if flow.keeps else part, x.dtype)
-
-
-def _overlap(x: Array, out: Array) -> bool:
-    """Do two contiguous arrays share bytes?"""
-    start, other = address_of(x), address_of(out)
-    return start < other + out.nbytes and other < start + x.nbytes
-
-
-def _counts(values: Any, name: str, size: int) -> npt.NDArray[np.int64]:
-    """[size] numbers of rows.
-
-    Raises:
-        UsageError: they are something else.
-    """
-    counts = np.asarray(values)
-    if counts.shape != (size,) or counts.dtype.kind not in "iu":
-        raise UsageError(
-            f"alltoallv: {name} must be {size} integers, got shape {counts.shape} of {counts.dtype}",
-            value=counts.shape, bound=size,
-        )  # fmt: skip
-    return counts

@@ -15,13 +15,14 @@ from ..layout.a2e import Area, Fields, area
 from ..protocol.a2e import default_trampolines
 from .buffers import require_int
 from .moe_input import require_choice, require_float
+from .row_sizes import RowSizes
 
 #: Ranks, or how many of them.
 Dies = int | Sequence[int]
 
 
 @dataclass(frozen=True)
-class Deployment:
+class Deployment(RowSizes):
     """What all dies of one Disaggregated object have agreed on.
 
     Attributes:
@@ -83,21 +84,6 @@ class Deployment:
     def blocks(self) -> int:
         """Attention dies of a domain that a trampoline serves at most; 1 without trampolines."""
         return -(-self.domain_size // self.trampolines) if self.trampolines else 1
-
-    @property
-    def token_dtype(self) -> np.dtype[Any]:
-        """Of the rows that expert dies get."""
-        return np.dtype(np.int8) if self.is_int8 else self.dtype
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row sent to an expert."""
-        return self.hidden * self.token_dtype.itemsize
-
-    @property
-    def return_bytes(self) -> int:
-        """Bytes of a row that comes back."""
-        return self.hidden * self.dtype.itemsize
 
     @property
     def fields(self) -> Fields:

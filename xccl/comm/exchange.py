@@ -14,7 +14,7 @@ from ..kernels import collectives as kernels, words
 from ..kernels.wait import MISMATCH, OK
 from ..layout import collectives as layout
 from ..layout.collectives import AGREE_MAX_VALUES, RECORD_BYTES, TABLE_COLUMNS, block_bytes
-from ..protocol.collectives import Kind, counts_arrivals, stage_bytes
+from ..protocol.collective_cuts import Kind, counts_arrivals, stage_bytes
 from .buffers import address_of
 from .core import PROGRESS_SLICE_NS, SLICE_NS, Core, Waiting
 from .known import KnownCalls

@@ -14,7 +14,7 @@ from ..kernels.collectives import UNFIT, collective
 from ..layout import calls as layout
 from ..layout.calls import COLLECTIVE_CALLS, KNOWN_CALL, KNOWN_CALLS
 from ..layout.collectives import OPERATORS
-from ..protocol.collectives import ALGORITHMS, Kind
+from ..protocol.collective_cuts import ALGORITHMS, Kind
 from .callstate import CallState, bind_to
 from .plans import Plan
 

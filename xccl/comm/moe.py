@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
-from ..kernels import moe as kernels
+from ..kernels import moe_sums as kernels
 from .buffers import BufferPool, address_of, require_int
 from .core import Core
 from .dispatched import Dispatched, Outputs, Routing

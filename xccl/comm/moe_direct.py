@@ -54,7 +54,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels import copy, expert_calls, moe_direct as kernels, wait, words
+from ..kernels import copy, expert_calls, moe_direct as kernels, moe_direct_combine as combine_kernels, wait, words
 from ..layout import moe_direct as layout
 from ..layout.moe import RT_ARRIVING
 from ..layout.moe_direct import DIRECT_FIELD_BYTES, DirectBlocks, direct_blocks
@@ -137,20 +137,19 @@ class Direct(MoeProtocol):
         )
         self._routing_words = routing.words
         self._head = np.stack([routing.head, routing.is_address], axis=1)
-        self._offsets = np.array(slots.offsets, np.int64)
         self._calls = np.zeros(layout.EXPERT_CALLS.size_bytes // 8, np.int64)
         for offset, value in {
             layout.XC_CALLS: core.calls.address,
             layout.XC_STATE: self.state_address,
             layout.XC_DIRECT: self._direct_address,
             layout.XC_DISPATCH: kernels.dispatch.address,
-            layout.XC_COMBINE: kernels.combine.address,
+            layout.XC_COMBINE: combine_kernels.combine.address,
             layout.XC_DTYPE: id(shape.dtype),
             layout.XC_FLOAT32: id(_FLOAT32),
             layout.XC_MAX_TOKENS: shape.max_tokens,
             layout.XC_SEGMENT_BYTES: self._segment_bytes,
             layout.XC_HEAD: address_of(self._head),
-            layout.XC_OFFSETS: address_of(self._offsets),
+            layout.XC_OFFSETS: address_of(slots.offsets),
             layout.XC_CAPACITIES: address_of(slots.capacities),
             layout.XC_RETURNS: self._returns_offset,
         }.items():
@@ -301,8 +300,8 @@ class Direct(MoeProtocol):
     ) -> Callable[[int, int], int]:  # fmt: skip
         """The kernel, to be given the number of stages to be done, and until when."""
         return partial(
-            kernels.combine.call, self.state_address, self._direct_address, routing.address, epoch, copied, returns,
-            0 if weights is None else address_of(weights), 0 if shared_out is None else address_of(shared_out),
+            combine_kernels.combine.call, self.state_address, self._direct_address, routing.address, epoch, copied,
+            returns, 0 if weights is None else address_of(weights), 0 if shared_out is None else address_of(shared_out),
             address_of(y),
         )  # fmt: skip
 

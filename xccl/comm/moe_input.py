@@ -69,7 +69,7 @@ def check_x(
 
 
 def check_choices(topk_idx: npt.NDArray[Any], *, tokens: int, top_k: int, num_experts: int) -> npt.NDArray[np.int64]:
-    """Choices as a C-contiguous array; whether the experts exist is for `kernels.moe.route` to find.
+    """Choices as a C-contiguous array; whether the experts exist is for `kernels.moe_routing.route` to find.
 
     Args:
         topk_idx: integers [tokens, top_k].

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EventMismatch, FabricError
-from ..kernels import moe as kernels
+from ..kernels import moe_routing as kernels
 from ..layout.moe import EPOCH_MASK
 from .buffers import address_of
 from .core import Core

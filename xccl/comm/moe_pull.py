@@ -51,7 +51,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels import moe_pull as kernels, words
+from ..kernels import moe_pull as kernels, moe_pull_combine as combine_kernels, words
 from ..layout import moe as layout
 from ..layout.moe import EXPERT_FIELD_BYTES, ExpertBlocks, expert_blocks
 from ..layout.moe_direct import OUTPUTS
@@ -150,15 +150,12 @@ class Pull(MoeProtocol):
     def _pull(self, x: npt.NDArray[Any], routing: Routing, outputs: Outputs) -> Dispatched:
         state, fields = self.state_address, self._dispatch_fields
         is_new = routing.known is None
-        if is_new:
-            counts = np.empty(self._shape.local_experts, np.int64)
-            status = kernels.dispatch_plan.call(state, routing.address, fields, address_of(counts))
-        else:
-            status = kernels.dispatch_check.call(state, routing.address, fields)
+        counts = np.empty(self._shape.local_experts, np.int64) if is_new else None
+        status = kernels.dispatch_plan.call(state, routing.address, fields, 0 if counts is None else address_of(counts))
         if status < 0:
             peer = -1 - status
             raise self._bad_source(routing, peer, self._tag(fields, peer))
-        result = outputs.make(routing, counts if is_new else None)
+        result = outputs.make(routing, counts)
         has_places = is_new and not self._shape.is_dedup
         kernels.dispatch_pull.call(
             state, routing.address, fields, address_of(x), address_of(result.tokens),
@@ -194,19 +191,19 @@ class Pull(MoeProtocol):
         self._combines = epoch
         steps("write")
         if not in_place:
-            kernels.combine_write.call(state, routing.address, address_of(expert_out))
+            combine_kernels.combine_write.call(state, routing.address, address_of(expert_out))
         elif has_starts:
-            kernels.combine_write_starts.call(state, routing.address)
+            combine_kernels.combine_write_starts.call(state, routing.address)
         steps("announce")
-        kernels.combine_announce.call(state, routing.address, fields, epoch, rows, int(has_starts))
+        combine_kernels.combine_announce.call(state, routing.address, fields, epoch, rows, int(has_starts))
         steps("await-fields")
         self._await(fields, layout.EXF_EVENT, epoch, "combine, step 5 (fields of all ranks)")
-        different = kernels.combine_check.call(state, routing.address, fields)
+        different = combine_kernels.combine_check.call(state, routing.address, fields)
         if different < 0:
             peer = -1 - different
             raise self._other_dispatch(routing, peer, self._tag(fields, peer))
         steps("pull")
-        kernels.combine_reduce.call(
+        combine_kernels.combine_reduce.call(
             state, routing.address, fields, 0 if weights is None else address_of(weights),
             0 if shared_out is None else address_of(shared_out), address_of(y),
         )  # fmt: skip

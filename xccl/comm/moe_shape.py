@@ -15,6 +15,7 @@ from ..layout.moe import STATE, first_expert, scratch_words
 from .buffers import address_of, require_int
 from .core import Core
 from .moe_input import require_choice, require_float
+from .row_sizes import RowSizes
 
 #: How dispatched rows may be laid out; the position stands for the name among ranks.
 ROWS = ("expanded", "dedup")
@@ -22,7 +23,7 @@ QUANTS = ("none", "int8")
 
 
 @dataclass(frozen=True)
-class MoeShape:
+class MoeShape(RowSizes):
     """What dispatch and combine are about.
 
     Attributes:
@@ -48,21 +49,6 @@ class MoeShape:
     code: int
     is_int8: bool
     is_dedup: bool
-
-    @cached_property
-    def token_dtype(self) -> np.dtype[Any]:
-        """Of dispatched rows."""
-        return np.dtype(np.int8) if self.is_int8 else self.dtype
-
-    @cached_property
-    def row_bytes(self) -> int:
-        """Of a dispatched row."""
-        return self.hidden * self.token_dtype.itemsize
-
-    @cached_property
-    def return_bytes(self) -> int:
-        """Of a returned row."""
-        return self.hidden * self.dtype.itemsize
 
     @cached_property
     def first_expert(self) -> int:

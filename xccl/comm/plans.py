@@ -12,7 +12,7 @@ from ..errors import CapacityError, UsageError, XcclError
 from ..layout import collectives as layout
 from ..layout.collectives import OPERATORS
 from ..layout.dtypes import CODE_OF
-from ..protocol.collectives import ALGORITHMS, FLOWS, Cut, Kind, cut
+from ..protocol.collective_cuts import ALGORITHMS, FLOWS, Cut, Kind, cut
 from .core import grouped
 
 _KINDS: Final[tuple[Kind, ...]] = tuple(FLOWS)
@@ -86,7 +86,7 @@ def make_plan(
         dtype: element type.
         operator: of those that reduce.
         root: of those that have one.
-        algorithm: see `protocol.collectives.cut`.
+        algorithm: see `protocol.collective_cuts.cut`.
         half_bytes: size of each half of the staging area.
         reach: how the other ranks reach private memory of this one: one of the REACH_ codes.
 

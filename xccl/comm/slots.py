@@ -28,7 +28,7 @@ class Slots:
         start: offset of slot 0 in every segment.
 
     Attributes:
-        offsets: of each slot in every segment.
+        offsets: of each slot in every segment, int64 [SLOTS].
         capacities: rows for which there is memory in each of the own ones, int64 [SLOTS].
         raws: all bytes of each of the own ones; every view of a result, and every view of a view, has one as its base.
     """
@@ -37,9 +37,9 @@ class Slots:
         self._core = core
         self._shape = shape
         self._blocks = blocks
-        self.offsets = [start + i * blocks.slot_bytes for i in range(SLOTS)]
+        self.offsets = start + blocks.slot_bytes * np.arange(SLOTS, dtype=np.int64)
         self.capacities = np.zeros(SLOTS, np.int64)
-        self.raws = [core.fabric.view(core.rank, offset, blocks.slot_bytes) for offset in self.offsets]
+        self.raws = [core.fabric.view(core.rank, offset, blocks.slot_bytes) for offset in self.offsets.tolist()]
         self._most_rows = shape.ranks * shape.max_tokens * (1 if shape.is_dedup else shape.top_k)
         #: Of each part: where it is in a slot, and its bytes for a row.
         self._parts = [(0, shape.row_bytes), (blocks.source, SOURCE_DTYPE.itemsize)]
@@ -50,13 +50,8 @@ class Slots:
 
     def choose(self) -> tuple[int, bool]:
         """A slot to which nobody refers, and whether it may be given away: there is another one."""
-        found = -1
-        for slot, raw in enumerate(self.raws):
-            if sys.getrefcount(raw) == _REFERENCES_IN_A_LOOP:
-                if found >= 0:
-                    return found, True
-                found = slot
-        return found, False
+        free = free_ones(self.raws, 2)
+        return free[0], len(free) > 1
 
     def counts(self, routing: Routing) -> npt.NDArray[np.int64]:
         """Entries of each local expert that have come."""
@@ -89,7 +84,7 @@ class Slots:
         for start, each_bytes in self._parts:
             self._core.fabric.commit(rank, offset + start, align_up(rows * each_bytes, PAGE_BYTES))
         if rank == self._core.rank:
-            self.capacities[self.offsets.index(offset)] = rows
+            self.capacities[self.offsets == offset] = rows
 
 
 class OutputArrays:
@@ -114,37 +109,34 @@ class OutputArrays:
 
     def take(self, rows: int) -> npt.NDArray[Any] | None:
         """An uninitialised array [rows, hidden] in one to which nobody refers; None if there is none."""
-        for i, part in enumerate(self._parts):
-            if _is_free(self.raws, i):
-                part.grow(rows * self._shape.return_bytes)
-                found: npt.NDArray[Any] = np.ndarray((rows, self._shape.hidden), self._shape.dtype, self.raws[i])
-                return found
+        for i in free_ones(self.raws, 1):
+            self._parts[i].grow(rows * self._shape.return_bytes)
+            found: npt.NDArray[Any] = np.ndarray((rows, self._shape.hidden), self._shape.dtype, self.raws[i])
+            return found
         return None
 
 
-def _references_in_a_loop(raws: list[npt.NDArray[np.uint8]]) -> int:
-    """As `Slots.choose` counts them."""
+def _references(raws: list[npt.NDArray[np.uint8]]) -> int:
+    """How many refer to the first, in such a loop as in `free_ones`: how many the loop makes is Python's affair."""
     for _, raw in enumerate(raws):
         return sys.getrefcount(raw)
     return 0
 
 
-_REFERENCES_IN_A_LOOP = _references_in_a_loop([np.empty(1, np.uint8)])
+_REFERENCES_TO_A_FREE_ONE = _references([np.empty(1, np.uint8)])
 
 
-def _references(raws: list[npt.NDArray[np.uint8]], i: int) -> int:
-    """How many refer to one of them: the list does, and as many as a call makes of it, which is Python's affair."""
-    return sys.getrefcount(raws[i])
-
-
-_REFERENCES_TO_A_FREE_ONE = _references([np.empty(1, np.uint8)], 0)
-
-
-def _is_free(raws: list[npt.NDArray[np.uint8]], i: int) -> bool:
-    """Does nobody refer to it?"""
-    return _references(raws, i) == _REFERENCES_TO_A_FREE_ONE
+def free_ones(raws: list[npt.NDArray[np.uint8]], most: int) -> list[int]:
+    """Numbers of those to which nobody refers, up to so many."""
+    found: list[int] = []
+    for i, raw in enumerate(raws):
+        if sys.getrefcount(raw) == _REFERENCES_TO_A_FREE_ONE:
+            found.append(i)
+            if len(found) == most:
+                break
+    return found
 
 
 def any_held(*lists: list[npt.NDArray[np.uint8]]) -> bool:
     """Does anybody refer to any of them?"""
-    return any(not _is_free(raws, i) for raws in lists for i in range(len(raws)))
+    return any(len(free_ones(raws, len(raws))) < len(raws) for raws in lists)

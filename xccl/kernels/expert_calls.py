@@ -10,7 +10,6 @@ from __future__ import annotations
 from ..layout.calls import CA_BEGAN_NS, CA_INT64, CA_NONE, CA_SLICE_NS
 from ..layout.moe import (
     EP_HIDDEN,
-    EP_RANK,
     EP_RETURN_BYTES,
     EP_TOP_K,
     ROUTING_WORDS,
@@ -43,8 +42,9 @@ from ._jit import device
 from .atomics import load_i64, store_i64
 from .calls import must_detour
 from .fastcall import call_kernel, fastcall, release_lock, take_lock
-from .moe import segment
-from .moe_direct import COMBINED, DISPATCHED
+from .moe import own_segment
+from .moe_direct import DISPATCHED
+from .moe_direct_combine import COMBINED
 from .objects import (
     argument,
     array_address,
@@ -162,7 +162,7 @@ def _combine(record: int, args: int) -> int:
         return NOT_MADE
     # Peers read it where it is: whole in the own segment, and not where the result goes. Else it is copied.
     copied, result, n_bytes = array_address(expert_out), array_address(y), rows * row_bytes
-    returns = copied - segment(state, load_i64(state + EP_RANK))
+    returns = copied - own_segment(state)
     is_here = 0 <= returns <= load_i64(record + XC_SEGMENT_BYTES) - n_bytes
     is_aligned = copied % (row_bytes // load_i64(state + EP_HIDDEN)) == 0
     if is_here and is_aligned and (result >= copied + n_bytes or result + tokens * row_bytes <= copied):

@@ -1,6 +1,7 @@
-"""What dispatch and combine have in common, whichever protocol moves their rows.
+"""What dispatch and combine have in common, whichever protocol moves their rows: who is where, counts, places, copies.
 
-Kernels wait for nothing here; each is a stage, or a part of one.
+Which rows there are is decided in `moe_routing`, and rows are summed in `moe_sums`. Kernels wait for nothing here; each
+is a stage, or a part of one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from ..layout.moe import (
     EP_RANK,
     EP_RANKS,
     EP_ROW_BYTES,
-    EP_SCRATCH,
     EP_SEGMENTS,
     EP_TOP_K,
     RT_AT,
@@ -29,11 +29,10 @@ from ..layout.moe import (
     RT_TOKENS,
 )
 from ..layout.segment import CONTROL_OFFSET
-from ._jit import device, kernel
-from .atomics import load_f32, load_i32, load_i64, store_f32, store_i64, store_release
+from ._jit import device
+from .atomics import load_i32, load_i64, store_i64, store_release
 from .copy import STREAMING_THRESHOLD_BYTES, copy_bytes, copy_bytes_streaming
 from .fields import tagged
-from .reduce import weighted_sum_rows
 from .wait import ring_for
 
 #: In `row_of`, the rank that owns the expert stands above the row's number.
@@ -45,6 +44,12 @@ ROW_MASK = (1 << ROW_BITS) - 1
 def segment(state: int, rank: int) -> int:
     """Address of a rank's segment."""
     return load_i64(load_i64(state + EP_SEGMENTS) + 8 * rank)
+
+
+@device
+def own_segment(state: int) -> int:
+    """Address of the own segment."""
+    return segment(state, load_i64(state + EP_RANK))
 
 
 @device
@@ -62,143 +67,9 @@ def local_experts(state: int, rank: int) -> int:
 
 
 @device
-def _owner(each: int, more: int, expert: int) -> int:
-    """The rank of an expert, if `more` ranks hold `each + 1` experts, and then the others `each`."""
-    whole = more * (each + 1)
-    if expert < whole:
-        return expert // (each + 1)
-    return more + (expert - whole) // each
-
-
-@device
 def first_row_of(element: int) -> int:
     """What `row_of` has for the first slot with this row, from what it has for this one; negative for no expert."""
     return element if element >= -1 else -2 - element
-
-
-@device
-def _count(state: int, routing: int, topk_idx: int) -> int:
-    """Where the entries of each expert begin, into `sent_first`; how many there are, or -1 - i for a bad element i."""
-    experts = load_i64(state + EP_EXPERTS)
-    sent_first = load_i64(routing + RT_SENT_FIRST)
-    for e in range(experts):
-        store_i64(sent_first + 8 * e, 0)
-    for i in range(load_i64(routing + RT_TOKENS) * load_i64(state + EP_TOP_K)):
-        e = load_i64(topk_idx + 8 * i)
-        if e < -1 or e >= experts:
-            return -1 - i
-        if e >= 0:
-            store_i64(sent_first + 8 * e, load_i64(sent_first + 8 * e) + 1)
-    entries = 0
-    for e in range(experts):
-        count = load_i64(sent_first + 8 * e)
-        store_i64(sent_first + 8 * e, entries)
-        entries += count
-    store_i64(sent_first + 8 * experts, entries)
-    return entries
-
-
-@device
-def route_rows(state: int, routing: int, topk_idx: int) -> int:
-    """Give each (token, slot) a row of its own: by expert, then token, then slot.
-
-    Args:
-        state: address of the ExpertParallel state.
-        routing: address of the routing record; `row_of`, `sent_first` and `sent_rows` are filled.
-        topk_idx: address of int64 [tokens, top_k].
-
-    Returns:
-        The number of rows, or -1 - i if element i is neither -1 nor an expert.
-    """
-    rows = _count(state, routing, topk_idx)
-    if rows < 0:
-        return rows
-    experts, ranks = load_i64(state + EP_EXPERTS), load_i64(state + EP_RANKS)
-    each = experts // ranks
-    more = experts - each * ranks
-    row_of = load_i64(routing + RT_ROW_OF)
-    sent_first, sent_rows = load_i64(routing + RT_SENT_FIRST), load_i64(routing + RT_SENT_ROWS)
-    for r in range(ranks + 1):
-        store_i64(sent_rows + 8 * r, load_i64(sent_first + 8 * (r * each + min(r, more))))
-    cursor = load_i64(state + EP_SCRATCH)
-    for e in range(experts):
-        store_i64(cursor + 8 * e, load_i64(sent_first + 8 * e))
-    for i in range(load_i64(routing + RT_TOKENS) * load_i64(state + EP_TOP_K)):
-        e = load_i64(topk_idx + 8 * i)
-        if e < 0:
-            store_i64(row_of + 8 * i, -1)
-        else:
-            row = load_i64(cursor + 8 * e)
-            store_i64(cursor + 8 * e, row + 1)
-            store_i64(row_of + 8 * i, (_owner(each, more, e) << ROW_BITS) | row)
-    return rows
-
-
-@device
-def route_rows_dedup(state: int, routing: int, topk_idx: int) -> int:
-    """Give each token one row for each rank that has any of its experts: by rank, then token.
-
-    Arguments and result are those of `route_rows`.
-    """
-    entries = _count(state, routing, topk_idx)
-    if entries < 0:
-        return entries
-    experts, ranks = load_i64(state + EP_EXPERTS), load_i64(state + EP_RANKS)
-    tokens, top_k = load_i64(routing + RT_TOKENS), load_i64(state + EP_TOP_K)
-    each = experts // ranks
-    more = experts - each * ranks
-    row_of = load_i64(routing + RT_ROW_OF)
-    sent_rows = load_i64(routing + RT_SENT_ROWS)
-    # For each rank: the last token that was seen to need it, and the row that this token has there.
-    last = load_i64(state + EP_SCRATCH)
-    row_at = last + 8 * ranks
-    for r in range(ranks):
-        store_i64(last + 8 * r, -1)
-        store_i64(sent_rows + 8 * r, 0)
-    for t in range(tokens):
-        for k in range(top_k):
-            e = load_i64(topk_idx + 8 * (t * top_k + k))
-            if e < 0:
-                continue
-            r = _owner(each, more, e)
-            if load_i64(last + 8 * r) != t:
-                store_i64(last + 8 * r, t)
-                store_i64(sent_rows + 8 * r, load_i64(sent_rows + 8 * r) + 1)
-    rows = 0
-    for r in range(ranks):
-        count = load_i64(sent_rows + 8 * r)
-        store_i64(sent_rows + 8 * r, rows)
-        store_i64(row_at + 8 * r, rows - 1)
-        store_i64(last + 8 * r, -1)
-        rows += count
-    store_i64(sent_rows + 8 * ranks, rows)
-    for t in range(tokens):
-        for k in range(top_k):
-            i = t * top_k + k
-            e = load_i64(topk_idx + 8 * i)
-            if e < 0:
-                store_i64(row_of + 8 * i, -1)
-                continue
-            r = _owner(each, more, e)
-            is_first = load_i64(last + 8 * r) != t
-            if is_first:
-                store_i64(last + 8 * r, t)
-                store_i64(row_at + 8 * r, load_i64(row_at + 8 * r) + 1)
-            row = (r << ROW_BITS) | load_i64(row_at + 8 * r)
-            store_i64(row_of + 8 * i, row if is_first else -2 - row)
-    return rows
-
-
-@kernel("int64(int64, int64, int64)")
-def route(state: int, routing: int, topk_idx: int) -> int:
-    """`route_rows` for Python."""
-    return route_rows(state, routing, topk_idx)
-
-
-@kernel("int64(int64, int64, int64)")
-def route_dedup(state: int, routing: int, topk_idx: int) -> int:
-    """`route_rows_dedup` for Python."""
-    return route_rows_dedup(state, routing, topk_idx)
 
 
 @device
@@ -244,11 +115,13 @@ def take_counts(routing: int, source: int, local: int, word: int, counts: int) -
         source: the rank.
         local: how many experts this rank holds.
         word: what its field says: rows, and the dispatch by whose routing it sends.
-        counts: address of int32 [local], the entries of each expert.
+        counts: address of int32 [local], the entries of each expert; 0 if they are known, and it is to repeat them.
 
     Returns:
         False if it sends by another routing, or contradicts itself.
     """
+    if counts == 0:
+        return bool(word == tagged(rows_from(routing, source), load_i64(routing + RT_ROOT)))
     rows = word & COUNT_MASK
     if word != tagged(rows, load_i64(routing + RT_ROOT)):
         return False
@@ -353,63 +226,3 @@ def take_own_rows(state: int, routing: int, x: int, tokens: int, streamed: bool)
             row = load_i64(row_of + 8 * (t * top_k + k))
             if row >= 0 and row >> ROW_BITS == rank:
                 copy_rows(load_i64(at + 8 * (row & ROW_MASK)), x + t * row_bytes, row_bytes, streamed)
-
-
-@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
-def reduce_local(
-    code: int,
-    hidden: int,
-    row_bytes: int,
-    rows: int,
-    entries: int,
-    index: int,
-    weights: int,
-    expert_out: int,
-    scratch: int,
-    partial: int,
-) -> None:
-    """Sum the outputs of each row's local experts with their weights, in the order of the token's slots.
-
-    Args:
-        code: element type.
-        hidden: elements of a row.
-        row_bytes: bytes of a row.
-        rows: number of rows.
-        entries: number of entries.
-        index: address of int32 [entries][3]: row, expert, slot.
-        weights: address of float32 [entries].
-        expert_out: address of [entries, hidden], in the order of the index.
-        scratch: address of int64 [rows + 1 + 4 * entries].
-        partial: address of the output [rows, hidden].
-    """
-    starts = scratch
-    order = starts + 8 * (rows + 1)
-    addresses = order + 8 * entries
-    gates = addresses + 8 * entries
-    for r in range(rows + 1):
-        store_i64(starts + 8 * r, 0)
-    for i in range(entries):
-        at = starts + 8 * (load_i32(index + 12 * i) + 1)
-        store_i64(at, load_i64(at) + 1)
-    for r in range(rows):
-        store_i64(starts + 8 * (r + 1), load_i64(starts + 8 * (r + 1)) + load_i64(starts + 8 * r))
-    # Entries of a row by slot: each moves down until it meets one with a lower slot, or the row's start.
-    filled = addresses
-    for r in range(rows):
-        store_i64(filled + 8 * r, load_i64(starts + 8 * r))
-    for i in range(entries):
-        r = load_i32(index + 12 * i)
-        slot = load_i32(index + 12 * i + 8)
-        at = load_i64(filled + 8 * r)
-        store_i64(filled + 8 * r, at + 1)
-        while at > load_i64(starts + 8 * r) and load_i32(index + 12 * load_i64(order + 8 * (at - 1)) + 8) > slot:
-            store_i64(order + 8 * at, load_i64(order + 8 * (at - 1)))
-            at -= 1
-        store_i64(order + 8 * at, i)
-    for r in range(rows):
-        first, n = load_i64(starts + 8 * r), load_i64(starts + 8 * (r + 1)) - load_i64(starts + 8 * r)
-        for j in range(n):
-            i = load_i64(order + 8 * (first + j))
-            store_i64(addresses + 8 * j, expert_out + i * row_bytes)
-            store_f32(gates + 4 * j, load_f32(weights + 4 * i))
-        weighted_sum_rows(code, addresses, gates, n, hidden, partial + r * row_bytes)

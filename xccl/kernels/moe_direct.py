@@ -1,7 +1,8 @@
-"""Direct dispatch and combine. The protocol and its proof are in `xccl.comm.moe_direct`.
+"""Direct dispatch. The protocol and its proof are in `xccl.comm.moe_direct`.
 
-One kernel is one operation. It goes through its stages until it has done `stop` of them; a wait that takes long ends
-with SLICE, and the next call goes on with it. Called for one stage after the other, it does the same.
+One kernel is one operation, here and in `moe_direct_combine`. It goes through its stages until it has done `stop`
+of them; a wait that takes long ends with SLICE, and the next call goes on with it. Called for one stage after the
+other, it does the same.
 
 Both take `state`, `direct` and `routing`: addresses of the ExpertParallel state, the direct state, and the routing
 record.
@@ -40,10 +41,6 @@ from ..layout.moe import (
 from ..layout.moe_direct import (
     DF_CAPACITY,
     DF_COUNTED,
-    DF_DISPATCH,
-    DF_READ,
-    DF_READY,
-    DF_RETURNS,
     DF_ROOT,
     DF_SLOT,
     DF_WRITTEN,
@@ -63,7 +60,6 @@ from ..layout.moe_direct import (
 )
 from ._jit import device, kernel
 from .atomics import load_f32, load_i32, load_i64, store_f32, store_i32, store_i64
-from .copy import copy_bytes_auto
 from .moe import (
     ROW_BITS,
     ROW_MASK,
@@ -71,50 +67,42 @@ from .moe import (
     copy_rows,
     first_expert,
     first_row_of,
-    route_rows,
-    route_rows_dedup,
+    own_segment,
     segment,
     tell_all,
 )
+from .moe_routing import route_rows, route_rows_dedup
 from .quantise import quantise_row
-from .reduce import weighted_sum_rows
 from .wait import MISMATCH, OK, SLICE, await_words
 
 #: Statuses of their own: a slot needs more memory; an element of `topk_idx` is no expert; a wait has ended with SLICE,
 #: but another one than that with which the call began.
 BACK, BAD_CHOICE, MOVED = 1, 2, 3
 
-#: Stages of dispatch, and of combine.
+#: Stages.
 COUNT, ANNOUNCE, AWAIT_COUNTS, PLAN, WRITE, NOTIFY, AWAIT_ROWS, DISPATCHED = range(8)
-RETURN, ANNOUNCE_RETURNS, AWAIT_READY, REDUCE, RELEASE, AWAIT_READ, COMBINED = range(7)
 
 _SOURCE_BYTES = 12
 _INDEX_BYTES = 12
 
 
 @device
-def _own(state: int) -> int:
-    """Address of the own segment."""
-    return segment(state, load_i64(state + EP_RANK))
-
-
-@device
-def _field_from(state: int, direct: int, peer: int) -> int:
+def direct_field_from(state: int, direct: int, peer: int) -> int:
     """Address of the field that `peer` writes in the own segment."""
-    return _own(state) + load_i64(direct + DI_FIELDS) + peer * DIRECT_FIELD_BYTES
+    return own_segment(state) + load_i64(direct + DI_FIELDS) + peer * DIRECT_FIELD_BYTES
 
 
 @device
-def _field_at(state: int, direct: int, peer: int) -> int:
+def direct_field_at(state: int, direct: int, peer: int) -> int:
     """Address of the field that this rank writes in the segment of `peer`."""
     return segment(state, peer) + load_i64(direct + DI_FIELDS) + load_i64(state + EP_RANK) * DIRECT_FIELD_BYTES
 
 
 @device
-def _await(state: int, direct: int, word: int, epoch: int, stage: int, began: int, until_ns: int) -> int:
+def await_direct(state: int, direct: int, word: int, epoch: int, stage: int, began: int, until_ns: int) -> int:
     """Wait for a word of the fields of all ranks; OK, or why the call ends."""
     control, cursor = load_i64(state + EP_CONTROL), direct + DI_CURSOR
-    first = _field_from(state, direct, 0) + word
+    first = direct_field_from(state, direct, 0) + word
     status = await_words(control, first, DIRECT_FIELD_BYTES, load_i64(state + EP_RANKS), epoch, cursor, until_ns)
     if status == OK:
         store_i64(cursor, 0)
@@ -127,7 +115,7 @@ def _await(state: int, direct: int, word: int, epoch: int, stage: int, began: in
 def _write_counts(state: int, direct: int, routing: int) -> None:
     """Entries for each expert, and deduplicated rows for each rank, into the own managed area."""
     experts = load_i64(state + EP_EXPERTS)
-    counts = _own(state) + load_i64(direct + DI_COUNTS)
+    counts = own_segment(state) + load_i64(direct + DI_COUNTS)
     sent_first, sent_rows = load_i64(routing + RT_SENT_FIRST), load_i64(routing + RT_SENT_ROWS)
     for e in range(experts):
         store_i32(counts + 4 * e, load_i64(sent_first + 8 * (e + 1)) - load_i64(sent_first + 8 * e))
@@ -141,7 +129,7 @@ def _write_counts(state: int, direct: int, routing: int) -> None:
 def _announce(state: int, direct: int, routing: int) -> None:
     """Tell every rank that this one has counted, by whose routing it sends, and where it takes rows."""
     for peer in range(load_i64(state + EP_RANKS)):
-        field = _field_at(state, direct, peer)
+        field = direct_field_at(state, direct, peer)
         store_i64(field + DF_SLOT, load_i64(direct + DI_SLOT))
         store_i64(field + DF_CAPACITY, load_i64(direct + DI_CAPACITY))
         store_i64(field + DF_ROOT, load_i64(routing + RT_ROOT) & EPOCH_MASK)
@@ -224,7 +212,7 @@ def _plan(state: int, direct: int, routing: int, topk_idx: int) -> int:
     """OK, BACK if a slot needs memory for what is to come, or MISMATCH if rank `result` sends by another routing."""
     ranks, root = load_i64(state + EP_RANKS), load_i64(routing + RT_ROOT)
     for peer in range(ranks):
-        if load_i64(_field_from(state, direct, peer) + DF_ROOT) != root & EPOCH_MASK:
+        if load_i64(direct_field_from(state, direct, peer) + DF_ROOT) != root & EPOCH_MASK:
             store_i64(direct + DI_RESULT, peer)
             return MISMATCH
     if root == load_i64(routing + RT_EPOCH):
@@ -232,7 +220,7 @@ def _plan(state: int, direct: int, routing: int, topk_idx: int) -> int:
         _place_rows(state, direct, routing, topk_idx)
     arriving = load_i64(routing + RT_ARRIVING)
     for peer in range(ranks):
-        if load_i64(arriving + 8 * peer) > load_i64(_field_from(state, direct, peer) + DF_CAPACITY):
+        if load_i64(arriving + 8 * peer) > load_i64(direct_field_from(state, direct, peer) + DF_CAPACITY):
             return BACK
     return OK
 
@@ -258,7 +246,7 @@ def _write(state: int, direct: int, routing: int, x: int) -> None:
                 continue
             peer = row >> ROW_BITS
             row &= ROW_MASK
-            slot = segment(state, peer) + load_i64(_field_from(state, direct, peer) + DF_SLOT)
+            slot = segment(state, peer) + load_i64(direct_field_from(state, direct, peer) + DF_SLOT)
             destination = slot + row * row_bytes
             if quant != 0 and not quantised:
                 scale = quantise_row(dtype, token, hidden, destination)
@@ -292,7 +280,7 @@ def _write_entries(state: int, direct: int, routing: int, topk_idx: int, gates: 
             peer = row >> ROW_BITS
             at = load_i64(first_entry + 8 * e)
             store_i64(first_entry + 8 * e, at + 1)
-            slot = segment(state, peer) + load_i64(_field_from(state, direct, peer) + DF_SLOT)
+            slot = segment(state, peer) + load_i64(direct_field_from(state, direct, peer) + DF_SLOT)
             entry = slot + index + _INDEX_BYTES * at
             store_i32(entry, row & ROW_MASK)
             store_i32(entry + 4, e - first_expert(state, peer))
@@ -338,7 +326,7 @@ def dispatch(state: int, direct: int, routing: int, x: int, topk_idx: int, gates
         stage = AWAIT_COUNTS
     if stage == AWAIT_COUNTS and stage < stop:
         # SYNC POINT direct-counts: acquires the counts of all, and where their slots are.
-        status = _await(state, direct, DF_COUNTED, epoch, stage, began, until_ns)
+        status = await_direct(state, direct, DF_COUNTED, epoch, stage, began, until_ns)
         if status != OK:
             return status
         stage = PLAN
@@ -359,115 +347,9 @@ def dispatch(state: int, direct: int, routing: int, x: int, topk_idx: int, gates
         stage = AWAIT_ROWS
     if stage == AWAIT_ROWS and stage < stop:
         # SYNC POINT direct-rows: acquires the rows of all sources.
-        status = _await(state, direct, DF_WRITTEN, epoch, stage, began, until_ns)
+        status = await_direct(state, direct, DF_WRITTEN, epoch, stage, began, until_ns)
         if status != OK:
             return status
         stage = DISPATCHED
     store_i64(direct + DI_STAGE, stage if stage < DISPATCHED else COUNT)
-    return OK
-
-
-@device
-def _reduce(state: int, direct: int, routing: int, weights: int, shared: int, y: int) -> int:
-    """Sum the rows of each token where they lie, in slot order; MISMATCH if rank `result` returns other rows."""
-    epoch = load_i64(routing + RT_EPOCH)
-    for peer in range(load_i64(state + EP_RANKS)):
-        if load_i64(_field_from(state, direct, peer) + DF_DISPATCH) != epoch:
-            store_i64(direct + DI_RESULT, peer)
-            return MISMATCH
-    top_k, row_bytes = load_i64(state + EP_TOP_K), load_i64(state + EP_RETURN_BYTES)
-    row_of = load_i64(routing + RT_ROW_OF)
-    addresses = load_i64(state + EP_SCRATCH)
-    gates = addresses + 8 * (top_k + 1)
-    # Backwards: the rows that were written last by the dispatch before, and are read first by the next one, are cached.
-    for t in range(load_i64(routing + RT_TOKENS) - 1, -1, -1):
-        n = 0
-        for k in range(top_k):
-            i = t * top_k + k
-            row = load_i64(row_of + 8 * i)
-            if row < 0:
-                continue
-            peer = row >> ROW_BITS
-            rows = segment(state, peer) + load_i64(_field_from(state, direct, peer) + DF_RETURNS)
-            store_i64(addresses + 8 * n, rows + (row & ROW_MASK) * row_bytes)
-            store_f32(gates + 4 * n, 1.0 if weights == 0 else load_f32(weights + 4 * i))
-            n += 1
-        if shared != 0:
-            store_i64(addresses + 8 * n, shared + t * row_bytes)
-            store_f32(gates + 4 * n, 1.0)
-            n += 1
-        weighted_sum_rows(
-            load_i64(state + EP_DTYPE), addresses, gates, n, load_i64(state + EP_HIDDEN), y + t * row_bytes
-        )
-    return OK
-
-
-@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
-def combine(
-    state: int,
-    direct: int,
-    routing: int,
-    epoch: int,
-    expert_out: int,
-    returns: int,
-    weights: int,
-    shared: int,
-    y: int,
-    stop: int,
-    until_ns: int,
-) -> int:
-    """A combine, up to a stage.
-
-    Args:
-        state: see above.
-        direct: see above; `stage` and `cursor` are 0 at first.
-        routing: see above; of the dispatch.
-        epoch: of this combine.
-        expert_out: address of [rows, hidden], to be copied to `returns`; 0 if they lie there already.
-        returns: offset in the own segment where peers find the rows.
-        weights: address of float32 [tokens, top_k]; 0 for weights of 1.
-        shared: address of [tokens, hidden] to be added last; 0 for none.
-        y: address of the output [tokens, hidden].
-        stop: number of stages to be done.
-        until_ns: when to give up waiting for now.
-
-    Returns:
-        OK; SLICE, MOVED, ABORTED or PENDING of a wait; MISMATCH if rank `result` combines another dispatch.
-    """
-    began = stage = load_i64(direct + DI_STAGE)
-    if stage == RETURN and stage < stop:
-        if expert_out != 0:
-            n_bytes = load_i64(routing + RT_ROWS) * load_i64(state + EP_RETURN_BYTES)
-            copy_bytes_auto(_own(state) + returns, expert_out, n_bytes)
-        stage = ANNOUNCE_RETURNS
-    if stage == ANNOUNCE_RETURNS and stage < stop:
-        for peer in range(load_i64(state + EP_RANKS)):
-            field = _field_at(state, direct, peer)
-            store_i64(field + DF_RETURNS, returns)
-            store_i64(field + DF_DISPATCH, load_i64(routing + RT_EPOCH))
-        # SYNC POINT direct-returns: released after the experts' outputs, and where they are.
-        tell_all(state, load_i64(direct + DI_FIELDS), DIRECT_FIELD_BYTES, DF_READY, epoch)
-        stage = AWAIT_READY
-    if stage == AWAIT_READY and stage < stop:
-        # SYNC POINT direct-returns: acquires the outputs of all.
-        status = _await(state, direct, DF_READY, epoch, stage, began, until_ns)
-        if status != OK:
-            return status
-        stage = REDUCE
-    if stage == REDUCE and stage < stop:
-        status = _reduce(state, direct, routing, weights, shared, y)
-        if status != OK:
-            return status
-        stage = RELEASE
-    if stage == RELEASE and stage < stop:
-        # SYNC POINT direct-read: released after the last read.
-        tell_all(state, load_i64(direct + DI_FIELDS), DIRECT_FIELD_BYTES, DF_READ, epoch)
-        stage = AWAIT_READ
-    if stage == AWAIT_READ and stage < stop:
-        # SYNC POINT direct-read: acquires that all have read what lies here; it may be overwritten then.
-        status = _await(state, direct, DF_READ, epoch, stage, began, until_ns)
-        if status != OK:
-            return status
-        stage = COMBINED
-    store_i64(direct + DI_STAGE, stage if stage < COMBINED else RETURN)
     return OK

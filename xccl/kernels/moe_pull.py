@@ -1,7 +1,7 @@
-"""Dispatch and combine by the pull protocol (XDS section 3.2). The protocol and its proof are in `xccl.comm.moe_pull`.
+"""Dispatch by the pull protocol (XDS section 3.2). The protocol and its proof are in `xccl.comm.moe_pull`.
 
-Each kernel is one stage, or a part of one, and waits for nothing; the waits in between are `wait.wait_all` on the
-fields in the own segment.
+Each kernel is one stage, or a part of one, and waits for nothing, here and in `moe_pull_combine`; the waits in between
+are `wait.wait_all` on the fields in the own segment.
 """
 
 from __future__ import annotations
@@ -22,19 +22,16 @@ from ..layout.moe import (
     EP_RANK,
     EP_RANKS,
     EP_RETURN_BYTES,
-    EP_RETURNS,
     EP_ROW_BYTES,
     EP_ROWS,
     EP_SCALES,
     EP_SCRATCH,
-    EP_STARTS,
     EP_TOP_K,
     EXF_BLOCK,
     EXF_COUNT,
     EXF_EVENT,
     EXF_PULLED,
     EXPERT_FIELD_BYTES,
-    RT_AT,
     RT_ENTRY_COUNTS,
     RT_ENTRY_FIRST,
     RT_EPOCH,
@@ -62,27 +59,24 @@ from .moe import (
     first_row_of,
     lay_out,
     local_experts,
-    locate_by_expert,
-    locate_run,
-    rows_from,
+    own_segment,
     segment,
     take_counts,
     take_own_rows,
     tell_all,
 )
 from .quantise import quantise_row
-from .reduce import weighted_sum_rows
 from .wait import OK, ring_for
 
 
 @device
-def _field_from(state: int, fields: int, peer: int) -> int:
+def pull_field_from(state: int, fields: int, peer: int) -> int:
     """Address of the field that `peer` writes in the own segment."""
-    return segment(state, load_i64(state + EP_RANK)) + fields + peer * EXPERT_FIELD_BYTES
+    return own_segment(state) + fields + peer * EXPERT_FIELD_BYTES
 
 
 @device
-def _field_at(state: int, fields: int, peer: int) -> int:
+def pull_field_at(state: int, fields: int, peer: int) -> int:
     """Address of the field that this rank writes in the segment of `peer`."""
     return segment(state, peer) + fields + load_i64(state + EP_RANK) * EXPERT_FIELD_BYTES
 
@@ -93,7 +87,7 @@ def write_rows(state: int, routing: int, x: int, has_places: int, skipped: int, 
 
     Of the rows for rank `skipped` nothing but places is written; the others go past the caches if asked.
     """
-    own = segment(state, load_i64(state + EP_RANK))
+    own = own_segment(state)
     top_k = load_i64(state + EP_TOP_K)
     hidden = load_i64(state + EP_HIDDEN)
     dtype = load_i64(state + EP_DTYPE)
@@ -143,7 +137,7 @@ def dispatch_write(state: int, routing: int, x: int, has_places: int) -> None:
 @kernel("void(int64, int64)")
 def dispatch_write_counts(state: int, routing: int) -> None:
     """Steps 1 to 3: counts into the own managed area."""
-    counts = segment(state, load_i64(state + EP_RANK)) + load_i64(state + EP_COUNTS)
+    counts = own_segment(state) + load_i64(state + EP_COUNTS)
     sent_first = load_i64(routing + RT_SENT_FIRST)
     for e in range(load_i64(state + EP_EXPERTS)):
         store_i32(counts + 4 * e, load_i64(sent_first + 8 * (e + 1)) - load_i64(sent_first + 8 * e))
@@ -159,7 +153,7 @@ def dispatch_write_entries(state: int, routing: int, topk_idx: int, weights: int
         topk_idx: address of int64 [tokens, top_k].
         weights: address of float32 [tokens, top_k].
     """
-    own = segment(state, load_i64(state + EP_RANK))
+    own = own_segment(state)
     experts, ranks = load_i64(state + EP_EXPERTS), load_i64(state + EP_RANKS)
     top_k = load_i64(state + EP_TOP_K)
     row_of = load_i64(routing + RT_ROW_OF)
@@ -187,8 +181,8 @@ def dispatch_write_entries(state: int, routing: int, topk_idx: int, weights: int
 
 
 @device
-def _announce(state: int, fields: int, peer: int, event: int, block: int, count: int, epoch: int) -> None:
-    field = _field_at(state, fields, peer)
+def announce_block(state: int, fields: int, peer: int, event: int, block: int, count: int, epoch: int) -> None:
+    field = pull_field_at(state, fields, peer)
     store_i64(field + EXF_BLOCK, block)
     store_i64(field + EXF_COUNT, tagged(count, epoch))
     # SYNC POINT expert-field: released after the rows; the peer's `wait_all` on `event` acquires it.
@@ -206,7 +200,7 @@ def dispatch_announce(state: int, routing: int, fields: int) -> None:
         peer = (load_i64(state + EP_RANK) + i) % ranks
         first = load_i64(sent_rows + 8 * peer)
         count = load_i64(sent_rows + 8 * (peer + 1)) - first
-        _announce(state, fields, peer, epoch, first, count, root)
+        announce_block(state, fields, peer, epoch, first, count, root)
 
 
 @kernel("int64(int64, int64, int64, int64)")
@@ -217,7 +211,7 @@ def dispatch_plan(state: int, routing: int, fields: int, counts_out: int) -> int
         state: address of the ExpertParallel state.
         routing: address of the routing record; what is about rows that come is filled.
         fields: offset of the dispatch fields.
-        counts_out: address of int64 [local experts], filled with the entries of each.
+        counts_out: address of int64 [local experts], filled with the entries of each; 0 if all of that is known.
 
     Returns:
         OK, or -1 - s if source s sends by another routing, or contradicts itself.
@@ -225,21 +219,12 @@ def dispatch_plan(state: int, routing: int, fields: int, counts_out: int) -> int
     ranks, rank = load_i64(state + EP_RANKS), load_i64(state + EP_RANK)
     first, local = first_expert(state, rank), local_experts(state, rank)
     for s in range(ranks):
-        word = load_i64(_field_from(state, fields, s) + EXF_COUNT)
-        counts = segment(state, s) + load_i64(state + EP_COUNTS) + 4 * first
+        word = load_i64(pull_field_from(state, fields, s) + EXF_COUNT)
+        counts = 0 if counts_out == 0 else segment(state, s) + load_i64(state + EP_COUNTS) + 4 * first
         if not take_counts(routing, s, local, word, counts):
             return -1 - s
-    lay_out(routing, ranks, local, counts_out)
-    return OK
-
-
-@kernel("int64(int64, int64, int64)")
-def dispatch_check(state: int, routing: int, fields: int) -> int:
-    """Does each source repeat the same dispatch? OK, or -1 - s for the first that does not."""
-    root = load_i64(routing + RT_ROOT)
-    for s in range(load_i64(state + EP_RANKS)):
-        if load_i64(_field_from(state, fields, s) + EXF_COUNT) != tagged(rows_from(routing, s), root):
-            return -1 - s
+    if counts_out != 0:
+        lay_out(routing, ranks, local, counts_out)
     return OK
 
 
@@ -270,7 +255,7 @@ def dispatch_pull(state: int, routing: int, fields: int, x: int, tokens: int, sc
         if not are_pulled:
             take_own_rows(state, routing, x, tokens, streamed)
         peer = segment(state, s)
-        row = load_i64(_field_from(state, fields, s) + EXF_BLOCK)
+        row = load_i64(pull_field_from(state, fields, s) + EXF_BLOCK)
         for g in range(groups):
             count = load_i64(got_counts + 8 * (s * groups + g))
             if count == 0:
@@ -335,115 +320,6 @@ def release(state: int, fields: int, epoch: int) -> None:
     """Tell each peer that this rank has pulled all it wanted from it, up to `epoch`."""
     # SYNC POINT expert-pulled: released after the reads; the peer's `wait_all` acquires it before it writes.
     tell_all(state, fields, EXPERT_FIELD_BYTES, EXF_PULLED, epoch)
-
-
-@kernel("void(int64, int64)")
-def combine_write_starts(state: int, routing: int) -> None:
-    """Combine, steps 1 to 3 with outputs in place: where those for each origin and expert start."""
-    starts = segment(state, load_i64(state + EP_RANK)) + load_i64(state + EP_STARTS)
-    runs = load_i64(state + EP_RANKS) * load_i64(routing + RT_GROUPS)
-    copy_bytes(starts, load_i64(routing + RT_GOT_FIRST), 8 * runs)
-
-
-@kernel("void(int64, int64, int64)")
-def combine_write(state: int, routing: int, expert_out: int) -> None:
-    """Combine, steps 1 to 3: expert outputs into the own managed area, a block for each origin, in its order."""
-    own = segment(state, load_i64(state + EP_RANK))
-    row_bytes = load_i64(state + EP_RETURN_BYTES)
-    got_counts = load_i64(routing + RT_GOT_COUNTS)
-    got_first = load_i64(routing + RT_GOT_FIRST)
-    streamed = are_streamed(state, load_i64(routing + RT_ROWS), row_bytes)
-    at = own + load_i64(state + EP_RETURNS)
-    for i in range(load_i64(state + EP_RANKS) * load_i64(routing + RT_GROUPS)):
-        n_bytes = load_i64(got_counts + 8 * i) * row_bytes
-        copy_rows(at, expert_out + load_i64(got_first + 8 * i) * row_bytes, n_bytes, streamed)
-        at += n_bytes
-
-
-@kernel("void(int64, int64, int64, int64, int64, int64)")
-def combine_announce(state: int, routing: int, fields: int, event: int, rows: int, in_place: int) -> None:
-    """Combine, step 4: tell each origin where its block is.
-
-    Args:
-        state: address of the ExpertParallel state.
-        routing: address of the routing record.
-        fields: offset of the combine fields.
-        event: epoch of this combine.
-        rows: offset in the own segment of the block for the first origin, or of outputs that lie in place.
-        in_place: 1 if each origin has to look where its runs of rows start, else 0.
-    """
-    row_bytes = load_i64(state + EP_RETURN_BYTES)
-    first = 0
-    for s in range(load_i64(state + EP_RANKS)):
-        count = rows_from(routing, s)
-        block = -rows if in_place != 0 else rows + first * row_bytes
-        _announce(state, fields, s, event, block, count, load_i64(routing + RT_EPOCH))
-        first += count
-
-
-@kernel("int64(int64, int64, int64)")
-def combine_check(state: int, routing: int, fields: int) -> int:
-    """Does each peer return the rows of the same dispatch? OK, or -1 - peer of the first that does not."""
-    sent_rows = load_i64(routing + RT_SENT_ROWS)
-    epoch = load_i64(routing + RT_EPOCH)
-    for peer in range(load_i64(state + EP_RANKS)):
-        count = load_i64(sent_rows + 8 * (peer + 1)) - load_i64(sent_rows + 8 * peer)
-        if load_i64(_field_from(state, fields, peer) + EXF_COUNT) != tagged(count, epoch):
-            return -1 - peer
-    return OK
-
-
-@device
-def _locate_returned(state: int, routing: int, fields: int) -> None:
-    """Note where the output of each row is: in the block for this rank, or among all outputs of its rank."""
-    row_bytes = load_i64(state + EP_RETURN_BYTES)
-    sent_rows = load_i64(routing + RT_SENT_ROWS)
-    rank = load_i64(state + EP_RANK)
-    for p in range(load_i64(state + EP_RANKS)):
-        peer, block = segment(state, p), load_i64(_field_from(state, fields, p) + EXF_BLOCK)
-        if block >= 0:
-            first, end = load_i64(sent_rows + 8 * p), load_i64(sent_rows + 8 * (p + 1))
-            locate_run(routing, first, end, peer + block, row_bytes)
-        else:
-            starts = peer + load_i64(state + EP_STARTS) + 8 * rank * local_experts(state, p)
-            locate_by_expert(state, routing, p, starts, peer - block, row_bytes)
-
-
-@kernel("void(int64, int64, int64, int64, int64, int64)")
-def combine_reduce(state: int, routing: int, fields: int, weights: int, shared: int, y: int) -> None:
-    """Combine, steps 6 and 7: pull the rows of each token from the ranks of its experts, and sum them in slot order.
-
-    Args:
-        state: address of the ExpertParallel state.
-        routing: address of the routing record.
-        fields: offset of the combine fields.
-        weights: address of float32 [tokens, top_k]; 0 for weights of 1.
-        shared: address of [tokens, hidden] to be added last; 0 for none.
-        y: address of the output [tokens, hidden].
-    """
-    top_k = load_i64(state + EP_TOP_K)
-    row_bytes = load_i64(state + EP_RETURN_BYTES)
-    row_of, at = load_i64(routing + RT_ROW_OF), load_i64(routing + RT_AT)
-    _locate_returned(state, routing, fields)
-    addresses = load_i64(state + EP_SCRATCH)
-    gates = addresses + 8 * (top_k + 1)
-    for t in range(load_i64(routing + RT_TOKENS)):
-        n = 0
-        for k in range(top_k):
-            i = t * top_k + k
-            row = load_i64(row_of + 8 * i)
-            if row < 0:
-                continue
-            store_i64(addresses + 8 * n, load_i64(at + 8 * (row & ROW_MASK)))
-            store_f32(gates + 4 * n, 1.0 if weights == 0 else load_f32(weights + 4 * i))
-            n += 1
-        if shared != 0:
-            store_i64(addresses + 8 * n, shared + t * row_bytes)
-            store_f32(gates + 4 * n, 1.0)
-            n += 1
-        weighted_sum_rows(
-            load_i64(state + EP_DTYPE), addresses, gates, n, load_i64(state + EP_HIDDEN), y + t * row_bytes
-        )
 
 
 @kernel("int64(int64)")

@@ -76,14 +76,13 @@ from .moe import (
     first_row_of,
     lay_out,
     local_experts,
-    route_rows,
-    route_rows_dedup,
-    rows_from,
+    own_segment,
     segment,
     take_counts,
     take_own_rows,
     tell_all,
 )
+from .moe_routing import route_rows, route_rows_dedup
 from .quantise import quantise_row
 from .wait import OK, ring_for
 
@@ -102,7 +101,7 @@ def _field_at(state: int, push: int, peer: int) -> int:
 @device
 def _field_from(state: int, push: int, peer: int) -> int:
     """Address of the field that `peer` writes in the own segment."""
-    return segment(state, load_i64(state + EP_RANK)) + load_i64(push + PU_FIELDS) + peer * FIELD_BYTES
+    return own_segment(state) + load_i64(push + PU_FIELDS) + peer * FIELD_BYTES
 
 
 @device
@@ -262,10 +261,8 @@ def dispatch_plan(state: int, push: int, routing: int, counts_out: int) -> int:
     epoch = load_i64(routing + RT_EPOCH)
     for s in range(ranks):
         word = load_i64(_field_from(state, push, s) + PF_COUNT + 8 * (epoch & 1))
-        if counts_out == 0:
-            if word != tagged(rows_from(routing, s), load_i64(routing + RT_ROOT)):
-                return -1 - s
-        elif not take_counts(routing, s, local, word, _counts(state, push, rank, s, epoch)):
+        counts = 0 if counts_out == 0 else _counts(state, push, rank, s, epoch)
+        if not take_counts(routing, s, local, word, counts):
             return -1 - s
     if counts_out != 0:
         lay_out(routing, ranks, local, counts_out)

@@ -9,8 +9,6 @@ Arguments that all have in common: `state` is the address of the ExpertParallel 
 from __future__ import annotations
 
 from ..layout.moe import (
-    EP_DTYPE,
-    EP_HIDDEN,
     EP_RANK,
     EP_RANKS,
     EP_RETURN_BYTES,
@@ -47,7 +45,6 @@ from .atomics import (
     load_acquire,
     load_f32,
     load_i64,
-    store_f32,
     store_i64,
     store_release,
 )
@@ -60,7 +57,7 @@ from .moe import (
     rows_from,
     segment,
 )
-from .reduce import weighted_sum_rows
+from .moe_sums import add_operand, sum_operands
 from .wait import OK, relax, ring, settle
 
 _LOW_HALF = 0xFFFFFFFF
@@ -238,16 +235,9 @@ def combine_reduce(
             if row < 0:
                 continue
             if _is_awaited(push, row):
-                store_i64(addresses + 8 * n, _place(state, push, rank, t, k) + RETURN_HEADER_BYTES)
+                address = _place(state, push, rank, t, k) + RETURN_HEADER_BYTES
             else:
-                store_i64(addresses + 8 * n, load_i64(at + 8 * (row & ROW_MASK)))
-            store_f32(gates + 4 * n, 1.0 if weights == 0 else load_f32(weights + 4 * i))
-            n += 1
-        if shared != 0:
-            store_i64(addresses + 8 * n, shared + t * row_bytes)
-            store_f32(gates + 4 * n, 1.0)
-            n += 1
-        weighted_sum_rows(
-            load_i64(state + EP_DTYPE), addresses, gates, n, load_i64(state + EP_HIDDEN), y + t * row_bytes
-        )
+                address = load_i64(at + 8 * (row & ROW_MASK))
+            n = add_operand(addresses, gates, n, address, 1.0 if weights == 0 else load_f32(weights + 4 * i))
+        sum_operands(state, addresses, gates, n, 0 if shared == 0 else shared + t * row_bytes, y + t * row_bytes)
     return -1

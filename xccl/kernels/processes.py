@@ -25,6 +25,22 @@ def _set_vectors(vectors: int, own: int, other: int, n_bytes: int) -> None:
 
 
 @device
+def _move_memory(pid: int, vectors: int, own: int, other: int, n_bytes: int, writes: bool) -> bool:
+    """Copy between `own` and `other` in another process, there or here; False if that cannot be done (any more)."""
+    done = 0
+    while done < n_bytes:
+        _set_vectors(vectors, own + done, other + done, n_bytes - done)
+        if writes:
+            moved = _process_vm_writev(pid, vectors, 1, vectors + 16, 1, 0)
+        else:
+            moved = _process_vm_readv(pid, vectors, 1, vectors + 16, 1, 0)
+        if moved <= 0:
+            return False
+        done += moved
+    return True
+
+
+@device
 def read_memory(pid: int, vectors: int, own: int, other: int, n_bytes: int) -> bool:
     """Copy to `own` from `other` in another process; False if that cannot be read (any more).
 
@@ -35,27 +51,13 @@ def read_memory(pid: int, vectors: int, own: int, other: int, n_bytes: int) -> b
         other: address there.
         n_bytes: how much.
     """
-    done = 0
-    while done < n_bytes:
-        _set_vectors(vectors, own + done, other + done, n_bytes - done)
-        moved = _process_vm_readv(pid, vectors, 1, vectors + 16, 1, 0)
-        if moved <= 0:
-            return False
-        done += moved
-    return True
+    return bool(_move_memory(pid, vectors, own, other, n_bytes, False))
 
 
 @device
 def write_memory(pid: int, vectors: int, own: int, other: int, n_bytes: int) -> bool:
     """Copy from `own` to `other` in another process; otherwise as `read_memory`."""
-    done = 0
-    while done < n_bytes:
-        _set_vectors(vectors, own + done, other + done, n_bytes - done)
-        moved = _process_vm_writev(pid, vectors, 1, vectors + 16, 1, 0)
-        if moved <= 0:
-            return False
-        done += moved
-    return True
+    return bool(_move_memory(pid, vectors, own, other, n_bytes, True))
 
 
 @device

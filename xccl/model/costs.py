@@ -188,8 +188,9 @@ def _cost_stage(stage: Stage, lanes: int, topology: Topology, is_streamed: bool,
         pulls |= transfers.mover == "destination" and bool(away.any())
         np.maximum.at(latency, mover, away)
         going = moving & (transfers.source != transfers.destination)
-        pairs = np.unique(transfers.source[going] * ranks + transfers.destination[going])
-        peers = np.bincount(pairs // ranks if transfers.mover == "source" else pairs % ranks, minlength=ranks)
+        is_pair = np.zeros((ranks, ranks), bool)
+        is_pair[transfers.source[going], transfers.destination[going]] = True
+        peers = is_pair.sum(axis=1 if transfers.mover == "source" else 0)
         row, resource, amount = topology.usage(
             transfers.source, transfers.destination, transfers.n_bytes, is_mesh=bool(peers.max() > _PAIR_PEERS)
         )
@@ -315,10 +316,9 @@ def _sparse(usages: list[tuple[Ints, Ints, Floats]], n_bytes: Floats) -> tuple[I
         return np.zeros(ranks + 1, np.int64), np.zeros(0, np.int64), np.zeros(0)
     flow, resource, amount = (np.concatenate(column) for column in zip(*usages, strict=True))
     n_resources = int(resource.max(initial=0)) + 1
-    key, place = np.unique(flow * n_resources + resource, return_inverse=True)
-    total = np.bincount(place, amount, len(key))
+    # A table of all flows and resources is full of zeros, but much faster to fill than it is to sort what is used.
+    total = np.bincount(flow * n_resources + resource, amount)
+    key = np.flatnonzero(total > 0)
     flow, resource = np.divmod(key, n_resources)
-    used = total > 0
-    flow, resource, total = flow[used], resource[used], total[used]
     first = np.concatenate([[0], np.cumsum(np.bincount(flow, minlength=ranks))]).astype(np.int64)
-    return first, resource.astype(np.int64), total / np.maximum(n_bytes, 1.0)[flow]
+    return first, resource.astype(np.int64), total[key] / np.maximum(n_bytes, 1.0)[flow]

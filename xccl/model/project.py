@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..errors import ModelError
 from ..layout.ring import MAX_LANES, REACH_NONE
 from ..protocol import a2e, collectives, kv, moe, moe_direct, moe_push, p2p
-from ..protocol.collectives import Kind, part_elements
+from ..protocol.collective_cuts import Kind, part_elements
 from ..protocol.counts import RoutingCounts
 from ..protocol.stage import Description, Engine
 from .machine import Machine
@@ -208,7 +208,7 @@ def describe_collective(
         ranks: number of ranks.
         size_bytes: of the larger of a rank's two buffers, as nccl-tests counts.
         item_bytes: size of an element.
-        algorithm: as for `xccl.protocol.collectives.cut`.
+        algorithm: as for `xccl.protocol.collective_cuts.cut`.
         reach: how ranks read each other's inputs where they lie, one of the REACH_ codes; by default they stage them.
 
     Raises:
