@@ -21,7 +21,7 @@ from ..trace.record import Recorder
 from .barrier import BarrierState
 from .buffers import require_int
 from .collectives import Collectives
-from .core import Core, no_exchange, no_refusal, require_timeout
+from .core import Core, no_exchange, no_refusal, no_requests, require_timeout
 from .exchange import Exchange
 from .groups import Grouping, GroupParts, Invitations
 from .p2p import PointToPoint
@@ -219,6 +219,7 @@ class Communicator(SendReceive, Collectives, Grouping):
         self.core.closed = True
         # Not only what they refer to: a cycle would keep the memory until the collector comes.
         self.core.exchange, self.core.refuse_exchange = no_exchange, no_refusal
+        self.core.set_driver(None, no_requests)
         if not failed:
             self.core.fabric.leave()
         self.core.fabric.close()

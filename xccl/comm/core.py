@@ -170,8 +170,8 @@ class Core:
         """Drives requests that are under way; None while there are none."""
         return self._drive if self._driver_words is not None and self._driver_words[_REQUESTS] else None
 
-    def set_driver(self, words: memoryview, drive: Callable[[], object]) -> None:
-        """Whose record these words are has the requests of this rank, and drives them by this function."""
+    def set_driver(self, words: memoryview | None, drive: Callable[[], object]) -> None:
+        """Whose record these words are has the requests of this rank, and drives them by this function; None: nobody."""
         self._driver_words, self._drive = words, drive
 
     def require_open(self) -> None:
@@ -390,7 +390,7 @@ class Core:
 
 
 def no_requests() -> None:
-    """What drives requests before there can be any."""
+    """What drives requests when there cannot be any."""
 
 
 def no_exchange(call: str, values: list[int]) -> np.ndarray:
