@@ -171,7 +171,7 @@ class Core:
         return self._drive if self._driver_words is not None and self._driver_words[_REQUESTS] else None
 
     def set_driver(self, words: memoryview | None, drive: Callable[[], object]) -> None:
-        """Whose record these words are has the requests of this rank, and drives them by this function; None: nobody."""
+        """Whose record these words are has this rank's requests, and drives them by this function; None: nobody has."""
         self._driver_words, self._drive = words, drive
 
     def require_open(self) -> None:
