@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from ..errors import CapacityError, PeerDied, SegmentError, SessionAborted, WaitTimeout, XcclError
 from ..kernels import processes, wait, words
-from ..layout.ring import REACH_DIRECT, REACH_KERNEL, REACH_NONE
+from ..layout.ring import REACH_DIRECT, REACH_KERNEL, REACH_NONE, REACH_SLOWLY
 from ..layout.segment import (
     ABORT_DIED,
     ABORT_EXCEPTION,
@@ -39,6 +39,7 @@ from ..layout.segment import (
     Geometry,
 )
 from .base import Fabric, wait_policy, whole_pages
+from .reading import reads_slowly
 from .segment import Segment, start_ticks
 
 #: An address at which nothing is mapped.
@@ -89,7 +90,7 @@ class ShmFabric(Fabric):
             self._mapped(bases, *wait_policy(geometry.ranks, len(os.sched_getaffinity(0))))
             self._await_attached(deadline, join_timeout_s)
             if words.load(self.control + CTL_REACHED) == self.ranks - 1:
-                self.reached = REACH_KERNEL
+                self.reached = REACH_SLOWLY if reads_slowly() else REACH_KERNEL
             own.unlink()
         except BaseException as error:
             if isinstance(error, SegmentError):

@@ -76,6 +76,12 @@ def copy_together(pid: int, own: int, other: int, count: int, outward: bool) -> 
     return _process_vm_readv(pid, own, count, other, count, 0)
 
 
+@kernel("int64(int64, int64, int64, int64, int64)")
+def read(pid: int, vectors: int, own: int, other: int, n_bytes: int) -> int:
+    """`read_memory` for Python: 1 if it could be read."""
+    return int(read_memory(pid, vectors, own, other, n_bytes))
+
+
 @kernel("int64(int64, int64, int64)")
 def may_read(pid: int, vectors: int, address: int) -> int:
     """May this process read the memory of another? 1 if so. It asks for a byte at an address that is nobody's.

@@ -151,10 +151,12 @@ KIND_PAGED_SEND = 3
 KIND_PAGED_RECEIVE = 4
 
 #: How a peer's private memory is reached: not at all, by load and store (threads of one process), or by the operating
-#: system's kernel (process_vm_readv and process_vm_writev).
+#: system's kernel (process_vm_readv and process_vm_writev). The last one is told apart for collectives only: the kernel
+#: is slow at it on this machine.
 REACH_NONE = 0
 REACH_DIRECT = 1
 REACH_KERNEL = 2
+REACH_SLOWLY = 3
 
 OPERATION = Record("operation", "Private to a rank: one send, receive or list of copies under way.")
 OP_STATE = OPERATION.add("state", 8, "one of the STATE_ codes, published last (SYNC POINT operation-ended)")

@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 from ..errors import UsageError
 from ..layout.collectives import INLINE_BYTES, MESH_RANKS, aligned_part
-from ..layout.ring import REACH_DIRECT, REACH_KERNEL, REACH_NONE
+from ..layout.ring import REACH_DIRECT, REACH_KERNEL, REACH_NONE, REACH_SLOWLY
 from ..layout.segment import Geometry
 
 Kind = Literal[
@@ -33,6 +33,9 @@ _EXPOSE_AT_ROOT_BYTES: Final = {"broadcast": 4 << 10, "gather": 4 << 10, "scatte
 #: without parts for two and for up to four.
 _EXPOSE_PARTS_BY_KERNEL_BYTES: Final = (6 << 10, 24 << 10)
 _EXPOSE_BY_KERNEL_BYTES: Final = (6 << 10, 96 << 10)
+#: The same for all numbers of ranks where the kernel is slow: copied twice, through staging areas, is sooner there.
+_EXPOSE_PARTS_SLOWLY_BYTES: Final = 256 << 10
+_EXPOSE_SLOWLY_BYTES: Final = 512 << 10
 #: With two ranks, the root of a larger gather would copy everything from memory, alone.
 _EXPOSE_GATHER_MOST_BYTES: Final = 512 << 10
 _NEVER: Final = 1 << 62
@@ -181,15 +184,16 @@ def _expose_bytes(
     if reach == REACH_DIRECT:
         return least_bytes, least_bytes
     # The kernel moves bytes; it does not reduce them, and a slice would be moved twice.
-    moves = reach == REACH_KERNEL and not FLOWS[kind].reduces and not two_step
-    return least_bytes, _expose_by_kernel_bytes(kind, ranks) if moves else _NEVER
+    moves = reach in (REACH_KERNEL, REACH_SLOWLY) and not FLOWS[kind].reduces and not two_step
+    return least_bytes, _expose_by_kernel_bytes(kind, ranks, reach) if moves else _NEVER
 
 
-def _expose_by_kernel_bytes(kind: Kind, ranks: int) -> int:
-    more = int(ranks > 2)
+def _expose_by_kernel_bytes(kind: Kind, ranks: int, reach: int) -> int:
+    more, slowly = int(ranks > 2), reach == REACH_SLOWLY
     if FLOWS[kind].parts:
-        return _EXPOSE_PARTS_BY_KERNEL_BYTES[more] * ranks
-    return _EXPOSE_BY_KERNEL_BYTES[more] if ranks == 2 or (kind == "allgather" and ranks <= 4) else _NEVER
+        return (_EXPOSE_PARTS_SLOWLY_BYTES if slowly else _EXPOSE_PARTS_BY_KERNEL_BYTES[more]) * ranks
+    least_bytes = _EXPOSE_SLOWLY_BYTES if slowly else _EXPOSE_BY_KERNEL_BYTES[more]
+    return least_bytes if ranks == 2 or (kind == "allgather" and ranks <= 4) else _NEVER
 
 
 def _cut_in_two(ranks: int, n_bytes: int, half_bytes: int, reach: int) -> Cut:

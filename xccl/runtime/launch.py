@@ -8,6 +8,7 @@ from typing import Any
 from ..comm.buffers import require_int
 from ..comm.core import require_timeout
 from ..errors import UsageError
+from ..fabric.reading import reads_slowly
 from ..layout.segment import Geometry
 from .cleanup import remove_stale
 from .compiling import compile_kernels
@@ -94,6 +95,7 @@ def launch(
             *arguments, geometry=geometry, timeout_s=timeout_s, op_timeout_s=op_timeout_s, on_report=on_report
         )
     remove_stale()
+    reads_slowly()  # asked here, so that all ranks have one answer
     return run_processes(
         *arguments, geometry=geometry, timeout_s=timeout_s, op_timeout_s=op_timeout_s,
         start_method=start_method, on_report=on_report,
