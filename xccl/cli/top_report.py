@@ -24,7 +24,7 @@ _RANGES_CHARS: Final = 40
 COLUMNS: Final[tuple[tuple[str, str, bool], ...]] = (
     ("rank", "", False), ("pid", "", False), ("process", "", True), ("waits in", "", True), ("for", "", True),
     ("since", "s", False), ("ends in", "s", False), ("barriers", "", False), ("chunks in", "", False),
-    ("acked", "", False), ("wake-ups", "", False), ("memory", "MiB", False),
+    ("acked", "", False), ("wake-ups", "", False), ("memory", "", False),
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def headline(session: ObservedSession) -> str:
     """What session it is."""
     ranks = f"{session.size} rank{'s' * (session.size != 1)}" if session.size else "no rank is ready"
     age = "" if session.age_s is None else f", {state_of(session)} for {session.age_s:.0f} s"
-    memory = f", {_mib(sum(rank.memory_bytes for rank in session.ranks))} MiB"
+    memory = f", {_size(sum(rank.memory_bytes for rank in session.ranks))}"
     command = f", {session.command}" if session.command else ""
     return f"session {session.session_id[:_DIGITS]}: {ranks}{age}{memory}{command}"
 
@@ -152,7 +152,7 @@ def _rows_of(rank: ObservedRank, analysis: Analysis, is_root: bool, now_ns: int)
     numbers: tuple[int | None, ...] = (
         rank.barriers, rank.chunks_received, rank.chunks_acknowledged, rank.wakeups
     )  # fmt: skip
-    counters = (*("-" if number is None else str(number) for number in numbers), _mib(rank.memory_bytes))
+    counters = (*("-" if number is None else str(number) for number in numbers), _size(rank.memory_bytes))
     for i, wait in enumerate(waits or (None,)):
         left = (str(rank.rank), str(rank.pid), doing) if i == 0 else ("", "", "")
         yield RankRow((*left, *_wait_cells(wait, now_ns), *(counters if i == 0 else ("",) * len(counters))), kind)
@@ -167,8 +167,8 @@ def _wait_cells(wait: Wait | None, now_ns: int) -> tuple[str, ...]:
     return describe(wait), whom, f"{(now_ns - wait.since_ns) / 1e9:.1f}", f"{(wait.until_ns - now_ns) / 1e9:.1f}"
 
 
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.1f}"
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**10:.0f} KiB" if n_bytes < 2**20 else f"{n_bytes / 2**20:.1f} MiB"
 
 
 def plain(snapshot: Snapshot, version: str, limit: int) -> list[str]:
