@@ -89,7 +89,7 @@ def _find_segments(prefix: str) -> tuple[dict[str, dict[int, str]], dict[str, bo
     """Paths of segments by session and rank; whether process ids of a session are those of this one; foreign names."""
     paths: dict[str, dict[int, str]] = {}
     same_pids: dict[str, bool] = {}
-    owners: set[int] = {os.getpid()}
+    owners: set[int] = set()
     here = _pid_namespace("self")
     for pid in _processes():
         if pid in owners:
@@ -165,7 +165,7 @@ def _owner(path: str) -> int:
 
 
 def _session(key: str, paths: dict[int, str], *, same_pids: bool) -> ObservedSession | None:
-    """A session; None if none of its processes lives."""
+    """A session; None if none of its ranks goes on."""
     ranks: list[ObservedRank] = []
     size, version, begun_s = 0, layout.LAYOUT_VERSION, []
     command = ""
@@ -179,7 +179,8 @@ def _session(key: str, paths: dict[int, str], *, same_pids: bool) -> ObservedSes
         if observed.process.started_s:
             begun_s.append(observed.process.started_s)
             command = command or _command(observed.pid)
-    if ranks and all(rank.process.activity == "dead" for rank in ranks):
+    # Whoever holds arrays of a session holds its segments, also when it has left.
+    if ranks and all(rank.state in ("left", "failed") or rank.process.activity == "dead" for rank in ranks):
         return None
     if not ranks and not any(path.startswith("/proc/") for path in paths.values()):
         return None  # a name without an owner: `xccl doctor` lists what is stale
