@@ -10,7 +10,7 @@ import termios
 import time
 import tty
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from xccl.cli import top_report
 from xccl.cli.top_report import COLUMNS, RankRow
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _STYLE_OF: Final = {"ended": "bold red", "root": "bold yellow", "waits": "", "": "dim"}
+#: Columns that a narrow terminal lacks, the first one first.
+_DROPPED: Final = ("acked", "chunks in", "wake-ups", "barriers", "ends in", "pid")
 #: Lines of a session besides its ranks: its name, and header and edges of the table.
 _LINES_OF_TABLE: Final = 4
 _FEWEST_ROWS: Final = 3
@@ -88,22 +90,28 @@ def view(snapshot: Snapshot, version: str, console: Console) -> Group:
             continue
         room = max(_FEWEST_ROWS, left // (len(snapshot.sessions) - i))
         rows, left_out = top_report.rows(session, analysis, snapshot.now_ns, room)
-        parts.append(_table(rows))
+        parts.append(_table(rows, console.width))
         if left_out:
             parts.append(Text(f"  and {left_out} more ranks", style="dim"))
         left -= len(rows) + (left_out > 0)
     return Group(*parts)
 
 
-def _table(rows: Sequence[RankRow]) -> Table:
+def _table(rows: Sequence[RankRow], width: int) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
+    titles = [f"{name} ({unit})" if unit else name for name, unit, _ in COLUMNS]
+    widths = [max(len(texts[i]) for texts in (titles, *(row.cells for row in rows))) for i in range(len(COLUMNS))]
+    shown = list(range(len(COLUMNS)))
+    for name in _DROPPED:
+        if sum(widths[i] + 1 for i in shown) > width:
+            shown = [i for i in shown if COLUMNS[i][0] != name]
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for name, unit, is_left in COLUMNS:
-        heading = Text(f"{name} ({unit})" if unit else name)
-        table.add_column(heading, justify="left" if is_left else "right", no_wrap=True, overflow="ellipsis")
+    for i in shown:
+        justify: Literal["left", "right"] = "left" if COLUMNS[i][2] else "right"
+        table.add_column(Text(titles[i]), justify=justify, no_wrap=True, overflow="ellipsis")
     for row in rows:
-        table.add_row(*map(Text, row.cells), style=_STYLE_OF[row.kind])
+        table.add_row(*(Text(row.cells[i]) for i in shown), style=_STYLE_OF[row.kind])
     return table

@@ -56,8 +56,7 @@ class Analysis:
 
 def analyse(session: ObservedSession) -> Analysis:
     """Group the waits of a session, and find out where they begin."""
-    shown = {rank.rank: rank.waits for rank in session.ranks}
-    waits = {rank: tuple(_who_is_missing(rank, wait, shown) for wait in own) for rank, own in shown.items()}
+    waits = _without_those_present({rank.rank: rank.waits for rank in session.ranks})
     edges = {rank: _awaited(own) for rank, own in waits.items() if own}
     return Analysis(waits, _blocked(waits), _roots(session, waits, edges), _cycle(edges))
 
@@ -79,25 +78,32 @@ def named(ranks: Iterable[int]) -> str:
     return f"rank{'s' * (len(ranks) != 1)} {ranges(ranks)}"
 
 
-def _who_is_missing(rank: int, wait: Wait, shown: Mapping[int, tuple[Wait, ...]]) -> Wait:
-    """A wait for some of several ranks, without those that wait with this one: they have done their part."""
-    if wait.who != "some":
-        return wait
-    party = {rank, *wait.ranks}
+_Party = tuple[str, int | None, frozenset[int]]
 
-    def is_here(other: int) -> bool:
-        return any(
-            (theirs.operation, theirs.event, theirs.who) == (wait.operation, wait.event, "some")
-            and {other, *theirs.ranks} == party
-            for theirs in shown.get(other, ())
-        )
 
-    missing = tuple(other for other in wait.ranks if not is_here(other))
-    if not missing:
-        return wait  # all are there: the last one has come just now
-    count = None if wait.expected is None or wait.seen is None else wait.expected - wait.seen
-    # With fewer to come than are missing, somebody has come who does not show it yet.
-    return replace(wait, ranks=missing, who="some" if count is not None and count < len(missing) else "all")
+def _without_those_present(shown: Mapping[int, tuple[Wait, ...]]) -> dict[int, tuple[Wait, ...]]:
+    """Waits by rank; of those for some of several ranks, without those that wait, too: they have done their part."""
+    present: dict[_Party, set[int]] = {}
+    parties: dict[tuple[int, Wait], _Party] = {}
+    for rank, own in shown.items():
+        for wait in own:
+            if wait.who == "some":
+                party = wait.operation, wait.event, frozenset((rank, *wait.ranks))
+                parties[rank, wait] = party
+                present.setdefault(party, set()).add(rank)
+
+    def without(rank: int, wait: Wait) -> Wait:
+        if wait.who != "some":
+            return wait
+        here = present[parties[rank, wait]]
+        missing = tuple(other for other in wait.ranks if other not in here)
+        if not missing:
+            return wait  # all are there: the last one has come just now
+        count = None if wait.expected is None or wait.seen is None else wait.expected - wait.seen
+        # With fewer to come than are missing, somebody has come who does not show it yet.
+        return replace(wait, ranks=missing, who="some" if count is not None and count < len(missing) else "all")
+
+    return {rank: tuple(without(rank, wait) for wait in own) for rank, own in shown.items()}
 
 
 def _blocked(waits: Mapping[int, tuple[Wait, ...]]) -> tuple[Blocked, ...]:
