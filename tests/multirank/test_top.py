@@ -268,6 +268,7 @@ def test_a_late_rank_is_named(case: Case) -> None:
                 wait.operation.startswith(case.shown)
                 and wait.who == "all"
                 and LATE in wait.ranks
+                and rank not in wait.ranks
                 and case.event in (None, wait.event)
                 # Since the barrier, but for a rank that has left it before this one.
                 and start_ns - 5e8 < wait.since_ns < wait.until_ns

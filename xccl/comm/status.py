@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from ..kernels import status as kernels
 from ..layout import status as layout
@@ -41,12 +42,12 @@ class StatusBoard:
         size_bytes = layout.STATUS.size_bytes
         records = range(first, first + layout.STATUS_SLOTS * size_bytes, size_bytes)
         self.free = list(reversed(records)) if is_shared else []
-        self.members = members
+        self.members = np.array(members, np.int64)
 
     def of_group(self, members: Sequence[int]) -> StatusBoard:
         """The same records for waits of a group with these members, by their ranks in the session."""
         board = copy(self)
-        board.members = members
+        board.members = np.array(members, np.int64)
         return board
 
     def wait(self, rank: int, deadline_ns: int, timeout_s: float) -> ShownWait:
@@ -77,8 +78,7 @@ class ShownWait:
             except IndexError:
                 return
         words = np.zeros(_WORDS, np.int64)
-        who, peers = awaited(waiting, self._rank, len(self._board.members))
-        flags = who
+        flags, named = awaited(waiting, self._rank, self._board.members)
         if waiting.event is not None:
             flags |= layout.HAS_EVENT
         if waiting.expected is not None:
@@ -94,10 +94,8 @@ class ShownWait:
         }.items():
             words[offset // 8 - 1] = value
         bytes_ = words.view(np.uint8)
-        mask = np.zeros(layout.MAX_PEERS, np.uint8)
-        mask[[self._board.members[peer] for peer in peers]] = 1
         at = layout.ST_PEERS - 8
-        bytes_[at : at + len(mask) // 8] = np.packbits(mask, bitorder="little")
+        bytes_[at : at + layout.MAX_PEERS // 8] = np.packbits(named, bitorder="little")
         text = np.frombuffer(waiting.operation.encode(errors="replace")[: layout.OPERATION_BYTES], np.uint8)
         at = layout.ST_OPERATION - 8
         bytes_[at : at + len(text)] = text
@@ -111,11 +109,15 @@ class ShownWait:
             self._record = 0
 
 
-def awaited(waiting: Waiting, rank: int, ranks: int) -> tuple[int, Iterable[int]]:
-    """For whom `rank` of `ranks` waits: a WHO_ code, and ranks."""
-    if waiting.missing is not None and (missing := waiting.missing()):
-        return layout.WHO_ALL, missing
-    if waiting.peer is not None:
-        return layout.WHO_ALL, [waiting.peer]
-    others = [peer for peer in range(ranks) if peer != rank]
-    return (layout.WHO_SOME if waiting.everyone else layout.WHO_ANY), others
+def awaited(waiting: Waiting, rank: int, members: npt.NDArray[np.int64]) -> tuple[int, npt.NDArray[np.uint8]]:
+    """For whom `rank` of these members waits: a WHO_ code, and 1 for each rank of the session that is waited for."""
+    named = np.zeros(layout.MAX_PEERS, np.uint8)
+    missing = [] if waiting.missing is None else waiting.missing()
+    if not missing and waiting.peer is not None:
+        missing = [waiting.peer]
+    if missing:
+        named[members[missing]] = 1
+        return layout.WHO_ALL, named
+    named[members] = 1
+    named[members[rank]] = 0
+    return (layout.WHO_SOME if waiting.everyone else layout.WHO_ANY), named

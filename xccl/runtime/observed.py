@@ -6,6 +6,7 @@ Segments are read by `pread`: a file that is cut short, or a hole, does no harm,
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,7 @@ class Observed:
 
     def header(self, offset: int) -> int:
         """A word of the header."""
-        return int.from_bytes(self._bytes[offset : offset + 8], "little", signed=True)
+        return _word(self._bytes, offset)
 
     def _control(self, offset: int) -> int:
         return self.header(layout.CONTROL_OFFSET + offset)
@@ -229,7 +230,7 @@ def untorn(fd: int, at: int) -> bytes | None:
         before = os.pread(fd, 8, at)
         data = os.pread(fd, STATUS.size_bytes, at)
         after = os.pread(fd, 8, at)
-        if len(data) == STATUS.size_bytes and before == after and before[0] % 2 == 0:
+        if len(data) == STATUS.size_bytes and before == after and _word(before) % 2 == 0:
             return data
         time.sleep(_PAUSE_S)
     return None
@@ -276,6 +277,10 @@ def process_of(pid: int, start_ticks: int) -> Process:
         cpu_s=(int(fields[11]) + int(fields[12])) / ticks_per_s,
         started_s=int(fields[19]) / ticks_per_s,
     )
+
+
+def _word(data: bytes, offset: int = 0) -> int:
+    return int.from_bytes(data[offset : offset + 8], sys.byteorder, signed=True)
 
 
 def printable(data: bytes) -> str:
