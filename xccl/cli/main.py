@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from xccl._version import __version__
-from xccl.cli import bench, calibrate, doctor, project, trace, validate
+from xccl.cli import bench, calibrate, doctor, project, top, trace, validate
 from xccl.cli.parsing import OneLineParser
 from xccl.errors import CapacityError, UsageError, XcclError
 
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     calibrate.add_parser(commands.add_parser("calibrate", help="measure or fit a machine", allow_abbrev=False))
     doctor.add_parser(commands.add_parser("doctor", help="check this machine, and clean up", allow_abbrev=False))
     project.add_parser(commands.add_parser("project", help="what it would cost on UB links", allow_abbrev=False))
+    top.add_parser(commands.add_parser("top", help="live sessions: who waits for whom", allow_abbrev=False))
     trace.add_parser(commands.add_parser("trace", help="timeline of a benchmark, for Perfetto", allow_abbrev=False))
     validate.add_parser(commands.add_parser("validate", help="the model beside published figures", allow_abbrev=False))
     args = parser.parse_args(words)

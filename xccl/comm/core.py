@@ -6,7 +6,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
@@ -28,6 +28,7 @@ from ..layout.segment import (
 from ..trace.record import Recorder
 from . import callstate
 from .callstate import CallState
+from .status import ShownWait, StatusBoard
 
 if TYPE_CHECKING:
     from .symmetric import SymmetricAllocator
@@ -63,6 +64,7 @@ class Waiting:
         expected: value waited for.
         seen: value seen last.
         everyone: all ranks are needed, so one that has left is enough to give up.
+        missing: finds all ranks that have not done their part, `peer` among them; None: there is no telling.
     """
 
     operation: str
@@ -71,6 +73,7 @@ class Waiting:
     expected: int | None = None
     seen: int | None = None
     everyone: bool = False
+    missing: Callable[[], list[int]] | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         text = self.operation if self.event is None else f"{self.operation} (event {self.event})"
@@ -103,6 +106,8 @@ class Core:
         self.calls = CallState(fabric)
         #: What those of groups look at: when this rank has left the session, they may go on no more than its own.
         self.dependants: weakref.WeakSet[CallState] = weakref.WeakSet()
+        #: Shows long waits. Nobody could look at those of threads: their segments are private memory.
+        self.board = StatusBoard(fabric.control, range(fabric.ranks), is_shared=fabric.name != "local")
         self.slice_ns = min(SLICE_NS * max(1, fabric.ranks // _SLICE_RANKS), _LONGEST_SLICE_NS)
         self.op_timeout_s = require_timeout(op_timeout_s, "op_timeout_s")
         self._closed = False
@@ -227,12 +232,28 @@ class Core:
             PeerDied: a rank has died, or the one waited for has left.
             SessionAborted: another rank failed first.
         """
+        shown = self.board.wait(self.rank, deadline_ns, timeout_s)
+        try:
+            return self._finish(status, step, describe, timeout_s, deadline_ns, shown)
+        finally:
+            shown.end()
+
+    def _finish(
+        self,
+        status: int,
+        step: Callable[[int], int],
+        describe: Callable[[], Waiting],
+        timeout_s: float,
+        deadline_ns: int,
+        shown: ShownWait,
+    ) -> int:
         while status in (wait.SLICE, wait.ABORTED):
             if status == wait.ABORTED and (last := step(0)) != wait.PENDING:
                 return last  # it came true before the session ended
             self.check_session(describe)
             waiting = describe()
-            if time.monotonic_ns() >= deadline_ns:
+            now_ns = time.monotonic_ns()
+            if now_ns >= deadline_ns:
                 raise self.timed_out(waiting, timeout_s)
             if self.has_left(waiting):
                 # It may have done its part before it left: look once more, without waiting.
@@ -243,6 +264,7 @@ class Core:
                         raise self.left(now_waiting)
                     status = wait.SLICE  # that peer had done its part; it is another one now
                 continue
+            shown.show(waiting, now_ns)
             if self.progress is not None:
                 self.progress()
             status = step(self.until_ns(deadline_ns))
@@ -384,7 +406,10 @@ class Core:
             peer = int(self._cursor[0])
             # Deadlines and errors name the first rank that has not come; the value is read for the message only.
             seen = int(words.load(address + min(peer, self.size - 1) * stride_bytes))
-            return Waiting(operation, target, peer, target, seen)
+            return Waiting(operation, target, peer, target, seen, missing=lambda: missing(peer))
+
+        def missing(first: int) -> list[int]:
+            return [r for r in range(first, self.size) if words.load(address + r * stride_bytes) < target]
 
         self.finish(status, step, describe, self.op_timeout_s, deadline_ns)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, NoReturn, Self
 
 import numpy as np
@@ -304,11 +305,19 @@ class Exchange:
     def _waiting(self, name: str) -> Waiting:
         """The first rank that has not published the step under way."""
         step = int(self.state[layout.CS_STEP // 8])
+
+        def missing(first: int) -> list[int]:
+            return [peer for peer in range(first, self.core.size) if self._seen(peer, step) < step]
+
         for peer in range(self.core.size):
-            seen = step if peer == self.core.rank else int(words.load(self._record(peer) + layout.CR_STEP))
+            seen = self._seen(peer, step)
             if seen < step:
-                return Waiting(name, step, peer, step, seen)
+                return Waiting(name, step, peer, step, seen, missing=partial(missing, peer))
         return Waiting(name, step, None, step, step)
+
+    def _seen(self, peer: int, step: int) -> int:
+        """The last step that `peer` has published, as far as this rank sees, which has published `step`."""
+        return step if peer == self.core.rank else int(words.load(self._record(peer) + layout.CR_STEP))
 
     def _unreachable(self, name: str) -> FabricError:
         """The error when the input of a rank cannot be read any more, unless that is because it died or left."""

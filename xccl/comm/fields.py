@@ -81,6 +81,12 @@ class FieldWaiter:
         def describe() -> Waiting:
             # Deadlines and errors name the first peer that has not come; the value is read for the message only.
             index = min(int(self._cursor[0]), count - 1)
-            return Waiting(operation, target, peers.ranks[index], target, peers.read(index, word))
+            peer, seen = peers.ranks[index], peers.read(index, word)
+            return Waiting(operation, target, peer, target, seen, missing=lambda: missing(index))
+
+        def missing(first: int) -> list[int]:
+            # The rank itself may be one of the peers, and has no field.
+            behind = [i for i in range(first, count) if peers.ranks[i] != self._core.rank]
+            return [peers.ranks[i] for i in behind if peers.read(i, word) < target]
 
         self._core.run(step, describe)

@@ -62,6 +62,7 @@ class GroupCore(Core):
         self._world = world
         super().__init__(fabric, op_timeout_s)
         self.members = fabric.members
+        self.board = world.board.of_group(fabric.members)
         world.dependants.add(self.calls)
 
     @property
@@ -216,8 +217,13 @@ class Invitations:
 
         def describe() -> Waiting:
             i = min(int(cursor[0]), len(peers) - 1)
-            seen = int(words.load(int(addresses[i]) + layout.IN_NUMBER))
-            return Waiting("group", None, int(peers[i]), int(numbers[i]), seen)
+            return Waiting("group", None, int(peers[i]), int(numbers[i]), number(i), missing=lambda: missing(i))
+
+        def number(i: int) -> int:
+            return int(words.load(int(addresses[i]) + layout.IN_NUMBER))
+
+        def missing(first: int) -> list[int]:
+            return [int(peers[i]) for i in range(first, len(peers)) if number(i) < numbers[i]]
 
         self._core.run(lambda until_ns: int(kernels.await_invited.call(*arguments, until_ns)), describe)
 

@@ -385,8 +385,13 @@ class Direct(MoeProtocol):
         def describe() -> Waiting:
             stage = stages[int(self._direct[layout.DI_STAGE // 8])]
             peer = int(self._direct[layout.DI_CURSOR // 8])
-            seen = int(words.load(self._field(peer) + _WORDS[stage]))
-            return Waiting(f"{operation}, {stage} (of all ranks)", epoch, peer, epoch, seen)
+            word = _WORDS[stage]
+            seen = int(words.load(self._field(peer) + word))
+            what = f"{operation}, {stage} (of all ranks)"
+            return Waiting(what, epoch, peer, epoch, seen, missing=lambda: missing(peer, word))
+
+        def missing(first: int, word: int) -> list[int]:
+            return [r for r in range(first, core.size) if words.load(self._field(r) + word) < epoch]
 
         while True:
             status = core.finish(status, step, describe, timeout_s, deadline_ns)

@@ -24,6 +24,7 @@ from .core import Core
 from .driver import Driver
 from .records import OperationRecord
 from .request import Request
+from .status import ShownWait
 from .transfer_errors import broken_off, mismatch, unusable
 
 #: A request that is polled looks at the session so often.
@@ -88,18 +89,25 @@ class Progress:
         core.require_open()
         now_ns = time.monotonic_ns()
         deadline_ns = (began_ns or now_ns) + int(timeout_s * 1e9)
-        while True:
-            until_ns = min(deadline_ns, now_ns + core.slice_ns)
-            kernels.wait_for.call(self.driver.address, address, done, until_ns)
-            self.driver.collect()
-            if request.is_collected() or request.word(layout.OP_DONE) >= done:
-                return
-            self._look(request)
-            if request.is_collected():
-                return
-            now_ns = time.monotonic_ns()
-            if now_ns >= deadline_ns:
-                raise core.timed_out(request.describe(), timeout_s)
+        shown: ShownWait | None = None
+        try:
+            while True:
+                until_ns = min(deadline_ns, now_ns + core.slice_ns)
+                kernels.wait_for.call(self.driver.address, address, done, until_ns)
+                self.driver.collect()
+                if request.is_collected() or request.word(layout.OP_DONE) >= done:
+                    return
+                self._look(request)
+                if request.is_collected():
+                    return
+                now_ns = time.monotonic_ns()
+                if now_ns >= deadline_ns:
+                    raise core.timed_out(request.describe(), timeout_s)
+                shown = shown or core.board.wait(core.rank, deadline_ns, timeout_s)
+                shown.show(request.describe(), now_ns)
+        finally:
+            if shown is not None:
+                shown.end()
 
     # -- ends -------------------------------------------------------------------------------------------------------
 

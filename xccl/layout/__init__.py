@@ -12,11 +12,13 @@ from .moe_push import PACKET, PACKET_ENTRY, PUSH, PUSH_FIELD, PUSH_STATUS, RETUR
 from .record import Field, Record
 from .ring import ACK_FIELD, ANSWER, CHANNEL, COPY, DATA_FIELD, DRIVER, OPERATION, REFUSAL, SLOT, TRANSFER
 from .segment import CONTROL, HEADER
+from .status import STATUS
 
 #: Every record, in the order of the documentation: shared ones first, then those that are private to a rank.
 ALL_RECORDS: tuple[Record, ...] = (
     HEADER,
     CONTROL,
+    STATUS,
     DATA_FIELD,
     ACK_FIELD,
     REFUSAL,

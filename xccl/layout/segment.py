@@ -4,6 +4,8 @@
     | header          |  who owns this, how large it is, is it ready
     +-----------------+ CONTROL_OFFSET
     | control area    |  doorbell, abort word, barrier
+    +-----------------+ STATUS_OFFSET
+    | status records  |  what the rank waits for, if it does so for long; for readers outside of the session
     +-----------------+ app_offset
     | app data area   |  the user's symmetric arrays and signals
     +-----------------+ metadata_offset
@@ -23,11 +25,12 @@ from dataclasses import dataclass
 
 from .record import HOT_LINE_BYTES, Record, align_up
 from .ring import ANSWER_BYTES, FIELD_BYTES, MAX_LANES, PUSHES_BYTES, REFUSAL_BYTES, SLOT_HEADER_BYTES
+from .status import STATUS, STATUS_SLOTS
 
 #: "XCCLSEG1" as a little-endian integer.
 MAGIC = int.from_bytes(b"XCCLSEG1", "little")
 #: Raised with every change of any layout.
-LAYOUT_VERSION = 7
+LAYOUT_VERSION = 8
 PAGE_BYTES = 4096
 
 HEADER = Record("segment header", "Written once by the owner; `ready` is published last (SYNC POINT segment-ready).")
@@ -95,6 +98,8 @@ ABORT_INTERRUPT = 3
 CONTROL_OFFSET = HEADER.size_bytes
 #: What every rank maps of a segment before it knows more of it.
 CONTROL_END = CONTROL_OFFSET + CONTROL.size_bytes
+STATUS_OFFSET = CONTROL_END
+STATUS_END = STATUS_OFFSET + STATUS_SLOTS * STATUS.size_bytes
 
 EXPERT_METADATA_BYTES = 64 << 20
 
@@ -120,11 +125,11 @@ class Geometry:
     @property
     def app_offset(self) -> int:
         """Start of the app data area."""
-        return align_up(CONTROL_END, PAGE_BYTES)
+        return align_up(STATUS_END, PAGE_BYTES)
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes that every segment needs from the start: header and control area."""
+        """Bytes that every segment needs from the start: header, control area and status records."""
         return self.app_offset
 
     @property
