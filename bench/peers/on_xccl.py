@@ -167,7 +167,7 @@ class Xccl(Library):
         outputs = memory.local[: rows * inputs.x[0].nbytes].view(BF16).reshape(rows, shape.hidden)
         outputs[:] = 1
         # As with the peers, experts work in place where outputs are like rows, and peers can read them there.
-        in_place = ep.protocol == "direct" and variant not in ("dedup", "int8")
+        in_place = ep.protocol in ("direct", "push") and variant not in ("dedup", "int8")
 
         def round_trip() -> None:
             d = ep.dispatch(x, topk_idx, **sent_weights)

@@ -389,7 +389,7 @@ class ExpertParallel:
 
     @property
     def _may_be_quick(self) -> bool:
-        return self.on_step is None and self._broken is None
+        return self._protocol.is_quick and self.on_step is None and self._broken is None
 
     def _break_off(self, call: str, begun: bool, error: BaseException) -> None:
         """What breaks an operation off after its checks makes the object unusable."""

@@ -99,6 +99,7 @@ class Direct(MoeProtocol):
     """
 
     name = "direct"
+    is_quick = True
 
     def __init__(self, comm: Any, shape: MoeShape, arguments: dict[str, int]) -> None:
         super().__init__(comm.core, shape)

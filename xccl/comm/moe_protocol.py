@@ -44,6 +44,8 @@ class MoeProtocol(ABC):
 
     #: Its name, for `ExpertParallel(protocol=...)`.
     name: ClassVar[str]
+    #: Has it quick operations, `quick_dispatch` and `quick_combine`?
+    is_quick: ClassVar[bool] = False
     #: Is a quick operation under way, so that what breaks it off leaves it half done?
     is_under_way: bool = False
 

@@ -50,6 +50,7 @@ Rows are summed where they lie, in an order fixed by the routing, so the result 
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,8 @@ class Push(MoeProtocol):
         self._backed = np.zeros(ranks, np.int64)
         self._targets = np.zeros(shape.max_tokens, np.int64)
         self._cursor = np.zeros(1, np.int64)
+        #: By peer: how long rows take that are written there.
+        self._writes = np.zeros((ranks, layout.PUSH_WRITES.size_bytes // 8), np.int64)
         self._push = np.zeros(layout.PUSH.size_bytes // 8, np.int64)
         self._push_address = address_of(self._push)
         for offset, value in {
@@ -150,6 +153,7 @@ class Push(MoeProtocol):
             layout.PU_RETURN_PACKET_BYTES: self._return_packet_bytes,
             layout.PU_TARGETS: address_of(self._targets),
             layout.PU_BACKED: address_of(self._backed),
+            layout.PU_WRITES: address_of(self._writes),
             layout.PU_KEPT: -1,
         }.items():
             self._push[offset // 8] = value
@@ -305,27 +309,40 @@ class Push(MoeProtocol):
 
     def _await_tokens(self, routing: Routing, epoch: int) -> None:
         """Wait for the rows of all own tokens; where they do not come, see that peers make the same combine."""
-        cursor, targets = self._cursor, address_of(self._targets)
-        flags = self._own_segment + self._flags
-        cursor[0] = 0
+        core = self._core
+        self._cursor[0] = 0
+        deadline_ns = time.monotonic_ns() + int(core.op_timeout_s * 1e9)
+        status = self._look_at_tokens(routing, core.until_ns(deadline_ns))
+        if status != wait.OK:
+            self._go_on_for_tokens(status, routing, epoch, deadline_ns)
 
-        def step(until_ns: int) -> int:
-            status = combine_kernels.wait_tokens.call(
-                self._core.control, flags, targets, routing.tokens, address_of(cursor), until_ns
-            )
+    def _look_at_tokens(self, routing: Routing, until_ns: int) -> int:
+        """The kernel: go on where the last call ended."""
+        flags, targets, cursor = self._own_segment + self._flags, address_of(self._targets), address_of(self._cursor)
+        call = combine_kernels.wait_tokens.call
+        return int(call(self._core.control, flags, targets, routing.tokens, cursor, until_ns))
+
+    def _go_on_for_tokens(self, status: int, routing: Routing, epoch: int, deadline_ns: int) -> None:
+        """The rest of `_await_tokens`: a function of its own, since closures are made when a function is entered."""
+        cursor = self._cursor
+
+        def check(status: int) -> int:
             if status == wait.SLICE:
                 peer = self._missing_peer(routing, epoch, int(cursor[0]))
                 if peer is not None:
                     self._require_same_dispatch(routing, epoch, peer)
-            return int(status)
+            return status
+
+        def step(until_ns: int) -> int:
+            return check(self._look_at_tokens(routing, until_ns))
 
         def describe() -> Waiting:
             token = min(int(cursor[0]), routing.tokens - 1)
             peer = self._missing_peer(routing, epoch, token)
-            seen = int(words.load(flags + token * HOT_LINE_BYTES))
+            seen = int(words.load(self._own_segment + self._flags + token * HOT_LINE_BYTES))
             return Waiting(f"combine, await-flags (token {token})", epoch, peer, int(self._targets[token]), seen)
 
-        self._core.run(step, describe)
+        self._core.finish(check(status), step, describe, self._core.op_timeout_s, deadline_ns)
 
     def _missing_peer(self, routing: Routing, epoch: int, token: int) -> int | None:
         """A rank whose row for a token is not there; None if all are."""

@@ -83,6 +83,7 @@ from .moe import (
     tell_all,
 )
 from .moe_routing import route_rows, route_rows_dedup
+from .moe_writes import write_row
 from .quantise import quantise_row
 from .wait import OK, ring_for
 
@@ -217,7 +218,7 @@ def dispatch_send(state: int, push: int, routing: int, x: int, topk_idx: int, we
                 source = destination
                 quantised = True
             elif quant != 0 or peer != rank:
-                copy_rows(destination, source, row_bytes, streamed)
+                write_row(push, peer, destination, source, row_bytes, streamed)
             if quant != 0:
                 store_f32(packet + load_i64(push + PU_SCALE), scale)
 

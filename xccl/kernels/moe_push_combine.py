@@ -52,12 +52,12 @@ from .moe import (
     ROW_BITS,
     ROW_MASK,
     are_streamed,
-    copy_rows,
     locate_by_expert,
     rows_from,
     segment,
 )
 from .moe_sums import add_operand, sum_operands
+from .moe_writes import write_row
 from .wait import OK, relax, ring, settle
 
 _LOW_HALF = 0xFFFFFFFF
@@ -133,7 +133,7 @@ def combine_send(state: int, push: int, routing: int, expert_out: int, combine: 
                 store_i64(packet + RP_DISPATCH, epoch)
                 # The origin looks at it before the flag is complete, too, to say whose row is missing.
                 store_release(packet + RP_COMBINE, combine)
-                copy_rows(packet + RETURN_HEADER_BYTES, expert_out + row * row_bytes, row_bytes, streamed)
+                write_row(push, s, packet + RETURN_HEADER_BYTES, expert_out + row * row_bytes, row_bytes, streamed)
                 # SYNC POINT push-token: released after the row; the origin's `wait_tokens` acquires it.
                 fetch_add(_flag(state, push, s, token), 1)
 

@@ -78,6 +78,11 @@ RETURN_PACKET = Record("returned packet header", "In front of a row that comes b
 RP_COMBINE = RETURN_PACKET.add("combine", 8, "epoch of the combine")
 RP_DISPATCH = RETURN_PACKET.add("dispatch", 8, "epoch of the dispatch that the row belongs to")
 
+PUSH_WRITES = Record("push writes", "Private to a rank, one for each peer: how long rows take that are written there.")
+PW_ROWS = PUSH_WRITES.add("rows", 8, "written since the last that were timed")
+PW_CACHED_NS = PUSH_WRITES.add("cached_ns", 8, "of a row written through the caches; 0 if none was timed")
+PW_STREAMED_NS = PUSH_WRITES.add("streamed_ns", 8, "of one written past them; 0 if none was timed")
+
 PUSH = Record("push state", "Private to a rank; what the kernels of the push protocol need to know besides.")
 PU_FIELDS = PUSH.add("fields", 8, "offset in every segment")
 PU_COUNTS = PUSH.add("counts", 8, "offset in every segment")
@@ -93,6 +98,7 @@ PU_RETURNS = PUSH.add("returns", 8, "offset in every segment")
 PU_RETURN_PACKET_BYTES = PUSH.add("return_packet_bytes", 8, "distance between returned packets")
 PU_TARGETS = PUSH.add("targets", 8, "address of int64 [max_tokens]: what each flag is to reach")
 PU_BACKED = PUSH.add("backed", 8, "address of int64 [ranks]: packets for which the own block at each peer has memory")
+PU_WRITES = PUSH.add("writes", 8, "address of `PUSH_WRITES` [ranks]")
 PU_KEPT = PUSH.add("kept", 8, "the own rank, if the combine under way sends no packets to itself; else -1")
 
 
