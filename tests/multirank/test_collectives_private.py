@@ -13,9 +13,10 @@ import xccl
 from tests.multirank.support import Array, assert_same, error_of, launch
 from tests.multirank.test_collectives import KINDS, expected, random_arrays
 from xccl import reference
+from xccl.fabric import shm
 from xccl.fabric.shm import ShmFabric
 from xccl.layout.collectives import CS_PROCESSES
-from xccl.layout.ring import REACH_DIRECT, REACH_KERNEL, REACH_NONE
+from xccl.layout.ring import REACH_DIRECT, REACH_KERNEL, REACH_NONE, REACH_SLOWLY
 from xccl.protocol.collective_cuts import FLOWS, TWO_STEP
 
 FP32 = np.dtype(np.float32)
@@ -57,12 +58,20 @@ def inputs(ranks: int) -> tuple[list[Array], list[Array], Array, dict[str, Any]]
     return parts, rows, counts, wants
 
 
+@pytest.fixture(autouse=True)
+def fast_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever machine this is, inputs are read in place from the smaller sizes on; ranks are forked with it."""
+    monkeypatch.setattr(shm, "reads_slowly", lambda: False)
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 5])
 @pytest.mark.parametrize("kept_secret", [(), (1,), (0, 1, 2, 3, 4)], ids=["all", "some", "none"])
+@pytest.mark.parametrize("slowly", [False, True], ids=["fast", "slowly"])
 def test_with_and_without_permission(
-    fabric: str, ranks: int, kept_secret: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    fabric: str, ranks: int, kept_secret: tuple[int, ...], slowly: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The memory of some ranks may not be read: these stage, and the others need not."""
+    monkeypatch.setattr(shm, "reads_slowly", lambda: slowly)
     may_read = ShmFabric._may_read
 
     def forbid(self: ShmFabric, peer: int) -> bool:
@@ -70,7 +79,7 @@ def test_with_and_without_permission(
 
     monkeypatch.setattr(ShmFabric, "_may_read", forbid)  # the ranks are forked with it
     reached = launch(run_all, ranks, fabric, args=inputs(ranks))
-    open_to_all = REACH_DIRECT if fabric == "local" else REACH_KERNEL
+    open_to_all = REACH_DIRECT if fabric == "local" else REACH_SLOWLY if slowly else REACH_KERNEL
     secret = REACH_DIRECT if fabric == "local" else REACH_NONE
     assert reached == [secret if rank in kept_secret else open_to_all for rank in range(ranks)]
 
