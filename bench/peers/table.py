@@ -186,7 +186,7 @@ class Difference:
 _DIFFERENCES: Final = (
     Difference("C Open MPI, OpenSHMEM, UCX: not in PyPI's wheels, and xccl is called from Python; see published.py."),
     Difference("Expanded rows of peers come grouped by source rank, those of xccl by expert, which is more.", ("moe",)),
-    Difference("Experts work in place; by int8, dedup, pull and push they write to a symmetric array.", ("moe",)),
+    Difference("Experts work in place; by int8, dedup and pull they write to a symmetric array.", ("moe",)),
     Difference("INT8 dispatch is beside 16-bit rows of the peers, which have no quantising exchange.", ("moe",)),
     Difference(
         "multiprocessing has no collectives: they are a barrier and copies through shared memory, made for this table.",
