@@ -19,7 +19,7 @@ from ..kernels import copy, processes
 #: Sixteen pages that stay in a core's cache.
 _BLOCK_BYTES: Final = 64 << 10
 _TRIES: Final = 20
-#: Times as long as a copy: 2.8 and 5.0 on the machines that thresholds were measured on.
+#: Times as long as a copy: 5.0 as measured on the second machine, and about 2.8 by the costs above on the first.
 _SLOW_RATIO: Final = 4.0
 
 
